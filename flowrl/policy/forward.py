@@ -1,0 +1,81 @@
+"""Token log-probs of a packed batch, without the logits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flowrl.batch import PackedBatch
+from flowrl.kernels.linear_logprob import linear_logprob
+from flowrl.policy.attention import plan_buckets
+
+
+@dataclass
+class TokenOutputs:
+    """What a forward pass gives the objective. N packed tokens."""
+
+    logprobs: Tensor  # [N] float32; entry i is the log-prob of token i, 0 outside responses
+    entropy: Tensor  # [N] float32, of the distribution that token i was drawn from
+    hidden: Tensor  # [U, H] post-norm states of the trunk's rows
+    dropped_mass: Tensor | None  # [R] float32, filled by the backward when drop_mass > 0
+
+
+def output_weight(model: PreTrainedModel) -> torch.nn.Parameter:
+    """The language-model head's weight [V, H], tied to the embedding or not."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear) and isinstance(head.weight, torch.nn.Parameter)
+    if head.bias is not None:
+        raise ValueError(f"{type(model).__name__} has a head with a bias, which is not supported")
+    return head.weight
+
+
+def forward_tokens(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    temperature: float,
+    *,
+    with_entropy: bool = False,
+    drop_mass: float = 0.0,
+    weight_grad: Tensor | None = None,
+) -> TokenOutputs:
+    """Run the trunk on all tokens and the head on response tokens only.
+
+    The log-prob of token i comes from the state of token i - 1, of softmax(logits / temperature),
+    the distribution the rollout sampled from. `weight_grad`, a float32 buffer [V, H], receives the
+    head's weight gradient in place of autograd, which would round it to the weight's dtype.
+    """
+    hidden = model.base_model(
+        input_ids=batch.trunk_ids[None],
+        position_ids=batch.trunk_positions[None],
+        use_cache=False,
+        buckets=plan_buckets(batch),
+    ).last_hidden_state[0]
+    response = batch.loss_mask.nonzero()[:, 0]  # never 0: a sequence starts with its prompt
+    weight = output_weight(model)
+    dropped_mass = None
+    if drop_mass > 0:
+        dropped_mass = torch.zeros(len(response), device=hidden.device)
+    chosen, entropy = linear_logprob(
+        hidden[batch.trunk_rows[response - 1]],
+        weight,
+        batch.input_ids[response],
+        temperature=temperature,
+        entropy=with_entropy,
+        drop_mass=drop_mass,
+        dropped_mass=dropped_mass,
+        weight_grad=weight_grad,
+    )
+    zeros = torch.zeros(len(batch.input_ids), device=hidden.device)
+    return TokenOutputs(
+        logprobs=zeros.index_put((response,), chosen),
+        entropy=zeros if entropy is None else zeros.index_put((response,), entropy),
+        hidden=hidden,
+        dropped_mass=dropped_mass,
+    )
+
+
+@torch.no_grad()
+def token_logprobs(model: PreTrainedModel, batch: PackedBatch, temperature: float) -> Tensor:
+    """Log-probs [N] float32 of a frozen pass (old or reference policy)."""
+    return forward_tokens(model, batch, temperature).logprobs

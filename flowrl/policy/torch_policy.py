@@ -1,0 +1,106 @@
+"""The policy in one process: trunk, head, partition network and optimiser on one device."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flowrl.batch import PackedBatch, Sample, pack, plan_micro_batches, response_values
+from flowrl.objectives import ObjectiveOutput
+from flowrl.partition import PartitionNetwork, Pooling, pool_prompt_states
+from flowrl.policy.forward import TokenOutputs, forward_tokens, output_weight, token_logprobs
+from flowrl.policy.optimizer import MasterAdamW
+
+# (batch, outputs, log_z [B]) -> loss_sum and diagnostics; log_z is None without a network
+Objective = Callable[[PackedBatch, TokenOutputs, Tensor | None], ObjectiveOutput]
+
+
+@dataclass
+class MicroBatchResult:
+    """What one micro-batch leaves for the metrics."""
+
+    batch: PackedBatch
+    output: ObjectiveOutput
+    log_z: Tensor | None  # [B]
+    logprobs: Tensor  # [N] float32
+    entropy: Tensor  # [N] float32, 0 outside responses
+    dropped_mass: Tensor | None  # [R] over response tokens
+
+
+@dataclass
+class TorchPolicy:
+    """A trainable policy; `partition` is None when log Z needs no network."""
+
+    model: PreTrainedModel
+    partition: PartitionNetwork | None
+    optimizer: MasterAdamW
+    temperature: float
+    max_tokens: int  # strict cap of a micro-batch
+    pooling: Pooling
+    detach_z: bool
+    drop_mass: float
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def _micro_batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], PackedBatch]]:
+        plan = plan_micro_batches([s.num_tokens for s in samples], self.max_tokens)
+        for members in plan[0]:
+            if members:
+                yield members, pack([samples[i] for i in members], self.device)
+
+    def logprobs(
+        self, samples: Sequence[Sample], model: PreTrainedModel | None = None
+    ) -> list[Tensor]:
+        """Response log-probs [|y|] per sample, without gradient; `model` may be the reference."""
+        model = self.model if model is None else model
+        results: list[Tensor] = [torch.empty(0)] * len(samples)
+        for members, batch in self._micro_batches(samples):
+            values = response_values(batch, token_logprobs(model, batch, self.temperature))
+            for i, value in zip(members, values, strict=True):
+                results[i] = value
+        return results
+
+    def accumulate_gradients(
+        self, samples: Sequence[Sample], objective: Objective
+    ) -> list[MicroBatchResult]:
+        """Add the gradient of the objective over one mini-batch, micro-batch by micro-batch.
+
+        Each micro-batch contributes its loss_sum over the number of sequences of the whole
+        mini-batch, so the result does not depend on how the sequences were packed.
+        """
+        self.model.train()
+        results = []
+        for _, batch in self._micro_batches(samples):
+            outputs = forward_tokens(
+                self.model,
+                batch,
+                self.temperature,
+                with_entropy=True,
+                drop_mass=self.drop_mass,
+                weight_grad=self.optimizer.main_grads[output_weight(self.model)],
+            )
+            log_z = None
+            if self.partition is not None:
+                log_z = self.partition(
+                    pool_prompt_states(outputs.hidden, batch, self.pooling, self.detach_z)
+                )
+            output = objective(batch, outputs, log_z)
+            assert output.normalizer == "sequences"
+            (output.loss_sum / len(samples)).backward()
+            results.append(
+                MicroBatchResult(
+                    batch=batch,
+                    output=output,
+                    log_z=None if log_z is None else log_z.detach(),
+                    logprobs=outputs.logprobs.detach(),
+                    entropy=outputs.entropy.detach(),
+                    dropped_mass=outputs.dropped_mass,
+                )
+            )
+        return results
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights a rollout engine samples from, by HF name."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()

@@ -1,0 +1,216 @@
+"""The training loop of FlowRL, to be read from `train` downwards.
+
+Every random draw depends on (seed, step) alone, so a resumed run repeats an uninterrupted one.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from flowrl.batch import PackedBatch, Sample, pack
+from flowrl.config import Config
+from flowrl.diagnostics import (
+    flow_metrics,
+    rollout_metrics,
+    throughput_metrics,
+    token_metrics,
+)
+from flowrl.evaluate import evaluate, save_evaluation, score_responses
+from flowrl.metrics import Timer
+from flowrl.objectives.flow_balance import flow_balance_loss, vargrad_log_z
+from flowrl.policy.forward import TokenOutputs
+from flowrl.policy.pretrained import move
+from flowrl.policy.torch_policy import Objective
+from flowrl.rewards import RewardResult, group_normalize
+from flowrl.rollout import Response
+from flowrl.run import Interrupt, Run, resolve_flow, save, start, step_seed
+from flowrl.tasks import TokenizedPrompt
+
+
+def train(config: Config) -> Run:
+    """Train until `trainer.total_training_steps`, continuing from the last checkpoint if any."""
+    total = config.trainer.total_training_steps
+    with start(config) as run, Interrupt() as interrupt, run.console:
+        if run.step == 0 and config.trainer.val_before_train:
+            run.log(judge(run))
+        while run.step < total and not interrupt.is_set:
+            metrics = training_step(run)
+            if run.is_due(config.trainer.test_freq):
+                metrics |= judge(run)
+            run.log(metrics)
+            if run.is_due(config.trainer.save_freq) or interrupt.is_set:
+                save(run)  # after the metrics: a resumed run cuts the lines that follow it
+    return run
+
+
+def training_step(run: Run) -> dict[str, float]:
+    """Sample, score, normalise, take log-probs, update, publish; return the step's metrics."""
+    config = run.config
+    started = time.perf_counter()
+    seed = step_seed(config.trainer.seed, run.step)
+    torch.manual_seed(seed)  # Z's dropout
+    timings: dict[str, float] = {}
+
+    run.console.phase("generating")
+    prompts = [run.train_prompts[i] for i in run.sampler.next_batch()]
+    with Timer("gen", timings):
+        responses = run.engine.generate([p.token_ids for p in prompts], run.sampling, seed)
+
+    run.console.phase("scoring")
+    with Timer("reward", timings):
+        texts, scores = score_responses(run.tokenizer, run.rewards, prompts, responses)
+    samples = make_samples(prompts, responses, scores, config.algorithm.unbiased_std)
+
+    run.console.phase("reference")
+    with Timer("ref", timings):
+        move(run.reference, run.device)
+        values = run.policy.logprobs(samples, run.reference)
+        for sample, logprobs in zip(samples, values, strict=True):
+            sample.ref_logprobs = logprobs
+        if config.ref.offload:
+            move(run.reference, "cpu")
+
+    num_updates = (
+        config.actor.ppo_epochs * config.data.train_batch_size // config.actor.ppo_mini_batch_size
+    )
+    if num_updates > 1 or config.flow.log_z == "vargrad":  # else the update's own forward gives it
+        run.console.phase("old policy")
+        with Timer("old_log_prob", timings):
+            for sample, logprobs in zip(samples, run.policy.logprobs(samples), strict=True):
+                sample.old_logprobs = logprobs
+    if config.flow.log_z == "vargrad":
+        set_vargrad_log_z(samples, config.flow.beta)
+
+    run.console.phase("updating")
+    results, grad_norms, num_skipped = [], [], 0
+    with Timer("update_actor", timings):
+        for mini_batch in mini_batches(run, samples):
+            results += run.policy.accumulate_gradients(mini_batch, flow_objective(run))
+            grad_norm, is_applied = run.policy.optimizer.step(run.step)
+            grad_norms.append(grad_norm)
+            num_skipped += not is_applied
+
+    with Timer("update_weights", timings):
+        run.engine.publish(run.policy.named_weights(), version=run.step + 1)
+    run.step += 1
+    return {
+        **rollout_metrics(samples, texts, config.reward.correct_threshold),
+        **flow_metrics(results, config.flow.beta),
+        **token_metrics(results),
+        **run.rewards.metrics(),
+        "actor/grad_norm": sum(grad_norms) / len(grad_norms),
+        "actor/skipped_updates": num_skipped,
+        "actor/lr": run.policy.optimizer.lr,
+        **timings,
+        **throughput_metrics(samples, time.perf_counter() - started),
+    }
+
+
+def make_samples(
+    prompts: Sequence[TokenizedPrompt],
+    responses: Sequence[Sequence[Response]],
+    scores: Sequence[RewardResult],
+    unbiased_std: bool,
+) -> list[Sample]:
+    """Pair every response with its prompt and its reward, normalised within the prompt's group."""
+    pairs = [(g, r) for g, group in enumerate(responses) for r in group]
+    rewards = group_normalize(
+        torch.tensor([s.score for s in scores], dtype=torch.float64),
+        torch.tensor([g for g, _ in pairs]),
+        unbiased=unbiased_std,
+    )
+    return [
+        Sample(
+            prompt_ids=prompts[group].token_ids,
+            response_ids=response.token_ids,
+            rollout_logprobs=response.logprobs,
+            is_truncated=response.finish_reason == "length",
+            group_id=group,
+            score=score.score,
+            reward=reward,
+        )
+        for (group, response), score, reward in zip(pairs, scores, rewards.tolist(), strict=True)
+    ]
+
+
+def mini_batches(run: Run, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+    """One optimiser step's samples at a time: whole groups, `ppo_epochs` times over the batch."""
+    size = run.config.actor.ppo_mini_batch_size * run.sampling.n
+    for _ in range(run.config.actor.ppo_epochs):
+        for first in range(0, len(samples), size):
+            yield samples[first : first + size]
+
+
+def flow_objective(run: Run) -> Objective:
+    """FlowRL's loss of one micro-batch, with the settings of this run."""
+    preset, beta = resolve_flow(run.config.flow), run.config.flow.beta
+
+    def objective(batch: PackedBatch, outputs: TokenOutputs, log_z: Tensor | None):
+        old_logprobs = batch.old_logprobs
+        if old_logprobs is None:  # a single update: the policy has not moved since the rollout
+            old_logprobs = outputs.logprobs.detach()
+        assert batch.ref_logprobs is not None
+        return flow_balance_loss(
+            outputs.logprobs,
+            old_logprobs,
+            batch.ref_logprobs,
+            batch.loss_mask,
+            batch.cu_seqlens,
+            batch.rewards,
+            batch.vargrad_log_z if log_z is None else log_z,  # zeros when log_z is `none`
+            beta=beta,
+            weighting=preset.weighting,
+            clip_low=preset.clip_low,
+            clip_high=preset.clip_high,
+            weight_cap=preset.weight_cap,
+        )
+
+    return objective
+
+
+def set_vargrad_log_z(samples: Sequence[Sample], beta: float) -> None:
+    """Give every sample its group's estimate of log Z, before packing separates the group."""
+    batch = pack(samples)
+    assert batch.old_logprobs is not None and batch.ref_logprobs is not None
+    estimates = vargrad_log_z(
+        batch.old_logprobs,
+        batch.ref_logprobs,
+        batch.loss_mask,
+        batch.cu_seqlens,
+        batch.rewards,
+        batch.group_ids,
+        beta,
+    )
+    for sample, estimate in zip(samples, estimates.tolist(), strict=True):
+        sample.vargrad_log_z = estimate
+
+
+def judge(run: Run) -> dict[str, float]:
+    """Evaluate on the held-out prompts, keep the responses, and return the accuracies."""
+    if not run.val_prompts:
+        return {}
+    run.console.phase("evaluating")
+    timings: dict[str, float] = {}
+    with Timer("testing", timings):
+        evaluation = evaluate(
+            run.engine,
+            run.tokenizer,
+            run.rewards,
+            run.val_prompts,
+            run.val_sampling,
+            with_greedy=run.config.validation.greedy,
+            correct_threshold=run.config.reward.correct_threshold,
+            seed=run.config.trainer.seed,
+        )
+    save_evaluation(run.config.run_dir, run.step, evaluation)
+    sampled = evaluation.accuracy[f"avg@{run.val_sampling.n}"]
+    metrics = {
+        "val/accuracy": sampled.mean,
+        "val/accuracy_low": sampled.low,
+        "val/accuracy_high": sampled.high,
+    }
+    if "greedy" in evaluation.accuracy:
+        metrics["val/accuracy_greedy"] = evaluation.accuracy["greedy"].mean
+    return {**metrics, **timings}

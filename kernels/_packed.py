@@ -1,0 +1,74 @@
+"""Front-door checks shared by the ops over packed sequences: cu_seqlens, mask, implementation."""
+
+import torch
+
+
+def check_packed(
+    mask: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (mask [N] bool, cu_seqlens [B+1] int64), or raise ValueError saying what is wrong.
+
+    Values are looked at on the CPU only: on CUDA that would be a host synchronisation, and while
+    torch.compile traces there are no values.
+    """
+    if mask.shape != (num_tokens,):
+        raise ValueError(f"the mask must have shape [{num_tokens}], got {list(mask.shape)}")
+    if mask.is_complex():
+        raise ValueError(f"the mask must be bool, integer or float, got {mask.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens must have shape [B + 1], got {list(cu_seqlens.shape)}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    for name, tensor in (("the mask", mask), ("cu_seqlens", cu_seqlens)):
+        if tensor.device != device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but the tokens are on {device}: move it there"
+            )
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_values(mask, cu_seqlens, num_tokens)
+    return mask if mask.dtype == torch.bool else mask != 0, cu_seqlens.to(torch.int64)
+
+
+def _check_values(mask: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int) -> None:
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != num_tokens:
+        raise ValueError(
+            f"cu_seqlens must run from 0 to the number of tokens {num_tokens}, "
+            f"got {first} to {last}"
+        )
+    if bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
+    # A mask of fractions would be a token weight, which a mask that selects cannot express.
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        index = int(((mask != 0) & (mask != 1)).nonzero()[0])
+        raise ValueError(f"the mask must hold 0 and 1 only, got {mask[index].item()} at {index}")
+
+
+# implementation -> (device type, dispatch key, what makes it available)
+_NATIVE = {
+    "cpu": ("cpu", "CPU", "build the C++ library with `make install`"),
+    "triton": ("cuda", "CUDA", "this op has no Triton kernel on this machine"),
+}
+
+
+def check_implementation(op: str, implementation: str | None, device: torch.device) -> None:
+    """Raise ValueError unless `implementation` (None: the device's best) of `op` runs on `device`.
+
+    Asks the dispatcher, which otherwise falls back to the reference in silence.
+    """
+    if implementation is None or implementation == "reference":
+        return
+    if implementation not in _NATIVE:
+        names = ", ".join(repr(name) for name in ("reference", *_NATIVE))
+        raise ValueError(f"implementation is {implementation!r}: use None or one of {names}")
+    device_type, key, remedy = _NATIVE[implementation]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
+        raise ValueError(
+            f"implementation {implementation!r} of {op} is not available: {remedy}, "
+            "or use None or 'reference'"
+        )
+    if device.type != device_type:
+        raise ValueError(
+            f"implementation {implementation!r} runs on {device_type} tensors, got {device}: "
+            "use None or 'reference'"
+        )
