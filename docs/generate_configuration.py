@@ -37,8 +37,8 @@ flowrl train configs/quickstart.yaml flow.beta=0.5 rollout.n=16 trainer.seed=1
 ```
 
 The value of an override is read as YAML, so lists and mappings work (`'rollout.stop=["\\n"]'`),
-and a leading `+` is ignored. An unknown key is an error that names the near ones; a value of the wrong
-type or out of range is one that shows it. Whatever a run resolved to is in its `config.yaml`.
+and a leading `+` is ignored. An unknown key is an error that names the near ones; a value of the
+wrong type or out of range is one that shows it. What a run resolved to is in its `config.yaml`.
 
 The only environment variable that the trainer reads is `FLOWRL_CACHE`, the folder of converted
 models (`~/.cache/flowrl`).

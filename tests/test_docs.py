@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flowrl.config import VERL_HOMES, Config, config_keys, load_config
+from flowrl.config import VERL_HOMES, Config, config_keys, dump_config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATOR = ROOT / "docs" / "generate_configuration.py"
@@ -90,8 +90,11 @@ def test_configuration_page_has_every_verl_name() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_config_file_loads(path: Path) -> None:
-    assert load_config(path).trainer.experiment_name == path.stem
+def test_config_file_loads_and_survives_a_dump(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    dumped = tmp_path / "config.yaml"
+    dumped.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(dumped) == config
 
 
 @each_page

@@ -6,6 +6,7 @@ sequences of similar length are padded to a common length: pads sit to the right
 token, so the causal mask alone hides them.
 """
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AttentionInterface
 from flowrl.batch import PackedBatch
 
 NAME = "flowrl_packed"
+HAS_FLASH_ATTENTION = importlib.util.find_spec("flash_attn") is not None
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,24 @@ class Bucket:
     writes: Tensor  # [b, L] bool, the one token of each row whose output is kept
 
 
-def plan_buckets(batch: PackedBatch) -> list[Bucket]:
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Which rows attend to which, worked out once for all layers."""
+
+    batch: PackedBatch
+    longest: int
+    buckets: list[Bucket]  # empty where flash-attn takes the ragged batch as it is
+
+
+def plan_attention(batch: PackedBatch) -> AttentionPlan:
     """Group sequences whose lengths share a power of two, so padding at most doubles the work."""
     starts, lengths = batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff().long()
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths.tolist()):
         groups.setdefault((length - 1).bit_length(), []).append(i)
+    longest = int(lengths.max())
+    if HAS_FLASH_ATTENTION and starts.is_cuda:
+        return AttentionPlan(batch, longest, [])
     buckets = []
     for _, members in sorted(groups.items()):
         chosen = torch.tensor(members, device=starts.device)
@@ -40,7 +54,7 @@ def plan_buckets(batch: PackedBatch) -> list[Bucket]:
         token = torch.where(is_real, starts[chosen, None] + offset, 0)
         rows = torch.where(is_real, batch.trunk_rows[token], 0)
         buckets.append(Bucket(rows, is_real & batch.owns_row[token]))
-    return buckets
+    return AttentionPlan(batch, longest, buckets)
 
 
 def packed_attention(
@@ -50,23 +64,27 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    buckets: list[Bucket],
+    plan: AttentionPlan,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     **_: object,  # transformers hands every model's keywords to every attention function
 ) -> tuple[Tensor, None]:
     """Attention of transformers' interface: query [1, heads, U, d] -> output [1, U, heads, d]."""
-    num_rows = query.shape[2]
-    if sliding_window is not None and any(b.rows.shape[1] > sliding_window for b in buckets):
-        raise ValueError(f"packed attention has no sliding window (model asks {sliding_window})")
+    if sliding_window is not None and plan.longest > sliding_window:
+        raise ValueError(
+            f"a sequence of {plan.longest} tokens exceeds the model's sliding window of "
+            f"{sliding_window}, which packed attention lacks; shorten the length limits"
+        )
     states = [x[0].transpose(0, 1) for x in (query, key, value)]  # [U, heads, d]
+    if HAS_FLASH_ATTENTION and query.is_cuda:
+        return _flash(states, plan, scaling, dropout)[None], None
     output = torch.zeros(
-        (num_rows, *states[0].shape[1:-1], states[2].shape[-1]),
+        (query.shape[2], *states[0].shape[1:-1], states[2].shape[-1]),
         dtype=query.dtype,
         device=query.device,
     )
-    for bucket in buckets:
+    for bucket in plan.buckets:
         q, k, v = (x[bucket.rows].transpose(1, 2) for x in states)  # [b, heads, L, d]
         context = F.scaled_dot_product_attention(
             q,
@@ -80,6 +98,28 @@ def packed_attention(
         writes = bucket.writes
         output = output.index_put((bucket.rows[writes],), context.transpose(1, 2)[writes])
     return output[None], None
+
+
+def _flash(
+    states: list[Tensor], plan: AttentionPlan, scaling: float | None, dropout: float
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    batch = plan.batch
+    q, k, v = (x[batch.trunk_rows] for x in states)  # [N, heads, d]
+    context = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        batch.cu_seqlens,
+        batch.cu_seqlens,
+        plan.longest,
+        plan.longest,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,
+    )
+    return context[batch.owns_row]  # rows are numbered in the order of the tokens that own them
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from flowrl.batch import PackedBatch
 from flowrl.kernels.linear_logprob import linear_logprob
-from flowrl.policy.attention import plan_buckets
+from flowrl.policy.attention import plan_attention
 
 
 @dataclass
@@ -49,7 +49,7 @@ def forward_tokens(
         input_ids=batch.trunk_ids[None],
         position_ids=batch.trunk_positions[None],
         use_cache=False,
-        buckets=plan_buckets(batch),
+        plan=plan_attention(batch),
     ).last_hidden_state[0]
     response = batch.loss_mask.nonzero()[:, 0]  # never 0: a sequence starts with its prompt
     weight = output_weight(model)

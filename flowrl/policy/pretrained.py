@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from flowrl.policy.attention import NAME as PACKED_ATTENTION
 from flowrl.policy.tiny import build_tiny_sums
 
 logger = logging.getLogger(__name__)
+transformers_logging.disable_progress_bar()  # it would write over the live table
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -86,7 +88,10 @@ def resolve_model_path(path: str, cache: Path) -> str:
 def load_model(
     path: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a causal LM with packed attention. Raises ValueError when `path` holds no model."""
+    """Load a causal LM with packed attention, and Liger's norm, rope and SwiGLU on a GPU.
+
+    Raises ValueError when `path` holds no model.
+    """
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -97,6 +102,14 @@ def load_model(
     except OSError as error:
         raise ValueError(f"model.path = {path}: {error}") from error
     move(model, device)
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+            _apply_liger_kernel_to_instance,
+        )
+
+        _apply_liger_kernel_to_instance(
+            model, cross_entropy=False, fused_linear_cross_entropy=False
+        )
     return model
 
 
