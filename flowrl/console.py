@@ -41,8 +41,8 @@ class Column(NamedTuple):
 
 # With the step these take 77 of the 80 characters.
 DEFAULT_COLUMNS = (
-    Column("reward", "critic/rewards/mean", 6),
     Column("score", "critic/score/mean", 6),
+    Column("flat", "flow/zero_variance_groups", 6),
     Column("len", "response_length/mean", 5),
     Column("log Z", "flow/log_z", 6),
     Column("resid", "flow/residual", 6),

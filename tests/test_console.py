@@ -73,8 +73,8 @@ def test_clean_text_escapes_what_the_output_cannot_encode():
 
 
 STEP_METRICS = {
-    "critic/rewards/mean": 0.4375,
     "critic/score/mean": -0.5,
+    "flow/zero_variance_groups": 0.4375,
     "response_length/mean": 132.25,
     "flow/log_z": 1.5,
     "flow/residual": -12.3456,
@@ -84,8 +84,8 @@ STEP_METRICS = {
     "actor/grad_norm": 123456.0,
     "perf/time_per_step": 3.21,
 }
-HEADER = " step reward  score   len  log Z  resid weight   ESS  entr gnorm tok/s s/step"
-STEP_LINE = "    1  0.438 -0.500 132.2  1.500 -12.35  1.000 0.987 0.250  123k     -  3.210"
+HEADER = " step  score   flat   len  log Z  resid weight   ESS  entr gnorm tok/s s/step"
+STEP_LINE = "    1 -0.500  0.438 132.2  1.500 -12.35  1.000 0.987 0.250  123k     -  3.210"
 
 
 def test_plain_mode_prints_one_line_a_step(capsys, monkeypatch):
@@ -95,7 +95,7 @@ def test_plain_mode_prints_one_line_a_step(capsys, monkeypatch):
         console.step(0, {"val/accuracy": 0.125, "val/accuracy_low": 0.08, "val/accuracy_high": 0.2})
         console.phase("generating")
         console.step(1, STEP_METRICS)
-        console.step(2, {"critic/rewards/mean": 0.0, "val/accuracy": 0.25})
+        console.step(2, {"critic/score/mean": 0.0, "val/accuracy": 0.25})
     assert capsys.readouterr().out.splitlines() == [
         "      step 0: held-out accuracy 12.5 % (95 %: 8.0 to 20.0 %)",
         "[1/40 steps, 0:00:00 elapsed, 0:00:00 left]",
