@@ -1,6 +1,7 @@
 """The `flowrl` command."""
 
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -100,9 +101,17 @@ def doctor() -> None:
     Console().print(render(collect()))
 
 
+class StderrHandler(logging.Handler):
+    """Looks sys.stderr up at every record: the live table replaces it to stay whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def main() -> None:
     """Entry point: a wrong input is one readable line, not a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[StderrHandler()])
+    logging.getLogger("flowrl").setLevel(logging.INFO)
     try:
         app()
     except ValueError as error:

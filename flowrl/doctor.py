@@ -64,7 +64,7 @@ PACKAGES = [
         "packed attention on a GPU",
         "pip install --no-build-isolation flash-attn",
     ),
-    Package("liger-kernel", "liger_kernel", "comparison in benchmarks", ""),
+    Package("liger-kernel", "liger_kernel", "fused norms, rope and SwiGLU on a GPU", ""),
     Package(
         "vllm",
         "vllm",

@@ -48,6 +48,7 @@ def response_distribution(
 def _logits(model: PreTrainedModel, input_ids: Tensor, num_last: int) -> Tensor:
     """Logits [R, num_last, V] of the last positions, without dropout, of a padded batch."""
     trained_with, was_training = model.config._attn_implementation, model.training
+    assert trained_with is not None
     model.eval()
     model.set_attn_implementation("sdpa")  # the packed one knows no rows
     try:

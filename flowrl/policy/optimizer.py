@@ -126,9 +126,7 @@ class MasterAdamW:
             for name, master in self.masters.items():
                 master.copy_(tensors[f"master.{name}"])
                 state = {
-                    key: tensors[f"{key}.{name}"].to(
-                        "cpu" if key == "step" else master.device, copy=True
-                    )
+                    key: tensors[f"{key}.{name}"].to(master.device, copy=True)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                     if f"{key}.{name}" in tensors
                 }
