@@ -100,7 +100,7 @@ class ActorConfig(Section):
     drop_mass: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="softmax mass the head's backward may leave out; 0: exact"
     )
-    optim: OptimConfig = OptimConfig()
+    optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
 
 
 class RefConfig(Section):

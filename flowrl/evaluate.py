@@ -37,9 +37,11 @@ class Evaluation:
     examples: list[Judged]
 
 
-def response_text(tokenizer: PreTrainedTokenizerBase, response: Response) -> str:
-    """What the verifier reads: the response without special tokens."""
-    return tokenizer.decode(response.token_ids, skip_special_tokens=True)
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], *, is_answer: bool) -> str:
+    """The text of some tokens; an answer, which the verifier reads, is without special tokens."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=is_answer)
+    assert isinstance(text, str)
+    return text
 
 
 def score_responses(
@@ -52,7 +54,7 @@ def score_responses(
     texts, requests = [], []
     for prompt, group in zip(prompts, responses, strict=True):
         for response in group:
-            texts.append(response_text(tokenizer, response))
+            texts.append(decode(tokenizer, response.token_ids, is_answer=True))
             requests.append(
                 RewardRequest(
                     data_source=prompt.prompt.data_source,
@@ -93,8 +95,12 @@ def evaluate(
         accuracy[name] = bootstrap_interval(per_prompt.tolist())
         if not examples:
             examples = [
-                Judged(tokenizer.decode(p.token_ids), texts[i * params.n], is_correct[i * params.n])
-                for i, p in enumerate(prompts)
+                Judged(
+                    decode(tokenizer, prompt.token_ids, is_answer=False),
+                    texts[i * params.n],
+                    is_correct[i * params.n],
+                )
+                for i, prompt in enumerate(prompts)
             ]
     return Evaluation(accuracy, examples)
 

@@ -3,11 +3,13 @@
 import logging
 import signal
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from types import FrameType, TracebackType
 
 import numpy as np
 import torch
+from rich.console import Console
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -251,6 +253,7 @@ def start(config: Config) -> Run:
         console=TrainingConsole(
             config.trainer.total_training_steps,
             first_step=0 if checkpoint is None else checkpoint.step,
+            console=None if "console" in config.trainer.logger else Console(file=StringIO()),
         ),
         device=device,
     )

@@ -23,7 +23,7 @@ from flowrl.tasks.sums import SumsOptions, load_sums, sums_answers
 ALPHABET = "0123456789+="
 EOS = 13
 RIGHT_SHARE = 0.5
-FEW_STEPS = 40  # enough for answers of the right form; a whole build takes half a minute
+FEW_STEPS = 40  # enough for answers of the right form; a whole build has 420
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +105,7 @@ def test_supervision_sees_every_target_and_its_answers_evenly() -> None:
         total = sum(rows[row] for row in right)
         assert total == pytest.approx(RIGHT_SHARE / num_targets, rel=1e-5)
         assert all(rows[row] == pytest.approx(total / (n - 1), rel=1e-5) for row in right)
-    # After "17=9+" the second number is 8 in the right share, else one of 15 others, of which 1 to
-    # 7 and 9 have one digit or begin with 1.
+    # After "17=9+" the second number is 8 in the right share, else one of the other 15 of 1 .. 16.
     row = tokens.tolist().index(list(_padded("17=9+8")))
     wrong = (1 - RIGHT_SHARE) / 15
     expected = torch.zeros(16)
@@ -209,7 +208,7 @@ def test_exact_success_counts_the_answers_of_the_task(
 
 
 def test_equal_answers_are_all_effective(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """With zero weights every token has 1 / 16: the 9 + 9 + 81 ... answers follow by counting."""
+    """With a zero head every token has probability 1 / 16, so counting gives the truth."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
     # 5 = 1+4 = 2+3 = 3+2 = 4+1, each of 3 characters and the end.

@@ -31,8 +31,8 @@ BOS, EOS, PAD = 12, 13, 14
 TARGETS = range(10, 31)
 PROMPT_TOKENS, ANSWER_TOKENS = 3, 6  # "17=", and at most "12+18" with <eos>
 
-# Success would settle at 1 - WRONG_SHARE; it is stopped short of that, where answers are still
-# even. Seeds differ by 0.03 in success.
+# Success rises towards 1 - WRONG_SHARE and is stopped on the way: 0.340 with 17.9 of 19 answers in
+# use. Another seed gives 0.325, so another machine's rounding should not move it far.
 WRONG_SHARE = 0.5
 NUM_STEPS = 420
 BATCH_SIZE = 64
@@ -43,7 +43,7 @@ SEED = 0
 def build_tiny_sums(folder: Path, *, num_steps: int = NUM_STEPS) -> None:
     """Train the tiny policy and write model and tokenizer to `folder`, for `from_pretrained`.
 
-    Takes 10 to 20 s of one core, and no more than one. The weights (float32) repeat bitwise on one
+    Takes 8 to 14 s of one core, and no more than one. The weights (float32) repeat bitwise on one
     kind of processor, whatever the thread count. Raises ValueError when num_steps < 1.
     """
     if num_steps < 1:
@@ -90,10 +90,10 @@ def _untrained_model() -> PreTrainedModel:
         intermediate_size=216,
         num_hidden_layers=2,
         num_attention_heads=4,
-        head_dim=32,  # the smallest that every rollout engine's attention takes
+        head_dim=32,  # vLLM's attention on CPU takes no smaller one
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        initializer_range=0.1,  # 1 / sqrt(hidden); 0.02 learns several times more slowly
+        initializer_range=0.1,  # 1 / sqrt(hidden); with 0.05 success after 480 steps fell by 0.08
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
@@ -123,7 +123,7 @@ def _soft_targets() -> tuple[Tensor, Tensor, Tensor]:
 
     The distribution at a position is the data's own, over all examples that share the text before
     it. Cross-entropy with it has the same expectation as with the next token, and far less noise:
-    with plain labels the wrong half of the data drowns the sums for thousands of steps.
+    plain labels, half of them wrong, gave success 0.21 after 1000 steps.
     """
     data = list(_corrupted_data())
     mass: dict[tuple[int, ...], list[float]] = {}
@@ -146,13 +146,8 @@ def _soft_targets() -> tuple[Tensor, Tensor, Tensor]:
 
 def _learning_rate(step: int, num_steps: int) -> float:
     """Linear warm-up over a twentieth of the steps, then a cosine to zero."""
-    warm_up = max(1, num_steps // 20)
-    return (
-        LEARNING_RATE
-        * min(1, (step + 1) / warm_up)
-        * (1 + math.cos(math.pi * step / num_steps))
-        / 2
-    )
+    warm_up = min(1, (step + 1) / max(1, num_steps // 20))
+    return LEARNING_RATE * warm_up * (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
 def _supervise(model: PreTrainedModel, num_steps: int) -> None:
