@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+Moment = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -83,7 +84,7 @@ class OptimConfig(Section):
     """AdamW and its schedule."""
 
     lr: NonNegativeFloat = Field(1e-6, description="learning rate after warm-up")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moments")
+    betas: tuple[Moment, Moment] = Field((0.9, 0.999), description="AdamW moments")
     weight_decay: NonNegativeFloat = Field(0.1, description="not applied to norms and biases")
     lr_warmup_steps: NonNegativeInt = Field(10, description="linear warm-up, in training steps")
     clip_grad: PositiveFloat = Field(1.0, description="global gradient norm limit")
@@ -142,8 +143,10 @@ class FlowConfig(Section):
         None, description="stop Z's gradient at the hidden states; unset: the preset's"
     )
     z_lr: NonNegativeFloat | None = Field(None, description="Z's own learning rate; unset: lr")
-    allow_truncated_sampling: bool = Field(
-        False, description="accept top_p/top_k although the weight then compares two supports"
+    old_logprobs: Literal["policy", "rollout"] = Field(
+        "policy",
+        description="whose log-probs the weight divides by: the policy's before the update, or the "
+        "rollout engine's, which saves their pass and admits top_p and top_k",
     )
 
 
@@ -230,11 +233,11 @@ class Config(Section):
         if data.task == "files" and not data.train_files:
             raise ValueError("data.train_files is empty: name a file, or choose data.task")
         truncated = rollout.top_p < 1 or rollout.top_k > 0
-        if truncated and not self.flow.allow_truncated_sampling:
+        if truncated and self.flow.old_logprobs != "rollout":
             raise ValueError(
-                f"rollout.top_p = {rollout.top_p}, rollout.top_k = {rollout.top_k}: truncated "
-                "sampling is not the distribution that the importance weight divides by; use "
-                "top_p=1 top_k=-1, or say flow.allow_truncated_sampling=true"
+                f"rollout.top_p = {rollout.top_p}, rollout.top_k = {rollout.top_k}: the weight "
+                "must divide by the truncated distribution that was sampled from; use top_p=1 "
+                "top_k=-1, or flow.old_logprobs=rollout"
             )
         return self
 
@@ -284,19 +287,44 @@ def _merge(base: dict, key: str, value: Any) -> None:
     base[leaf] = value
 
 
+def _read_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    # PyYAML lets all but the first escape, for `!!int ''`, `!!timestamp x`, 2024-13-45 and [[[[...
+    except (yaml.YAMLError, IndexError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not valid YAML: {error}") from error
+
+
+def _is_text(key: str) -> bool:
+    """Whether a setting is a plain string, so that 2024-01-01 or 1e5 is meant literally."""
+    kind: Any = Config
+    for part in key.split("."):
+        is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
+        if not is_section or part not in kind.model_fields:
+            return False
+        kind = kind.model_fields[part].annotation
+    return kind is str
+
+
 def _parse_override(override: str) -> tuple[str, Any]:
     key, separator, text = override.partition("=")
     key = key.lstrip("+").strip()
     if not separator or not key:
         raise ValueError(f"override `{override}` is not of the form key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override `{override}`: {text!r} is not a YAML value") from error
+    value = _read_yaml(text, f"override `{override}`")
+    if value is not None and _is_text(key):
+        return key, value if isinstance(value, str) else text.strip()
     if isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
         with contextlib.suppress(ValueError):
             value = float(value)
     return key, value
+
+
+def _leaves(key: str, value: Any) -> list[str]:
+    """The dotted keys of an unknown section, so that each gets its own hint."""
+    if not isinstance(value, dict) or not value or key.count(".") > 4:
+        return [key]
+    return [leaf for name, child in value.items() for leaf in _leaves(f"{key}.{name}", child)]
 
 
 def _describe(error: ValidationError) -> str:
@@ -304,7 +332,7 @@ def _describe(error: ValidationError) -> str:
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(str(_unknown_key(key)))
+            lines += [str(_unknown_key(leaf)) for leaf in _leaves(key, item["input"])]
         elif item["type"] == "missing":
             lines.append(f"`{key}` is required and has no value")
         elif not key:
@@ -325,10 +353,8 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"config file {path}: {error}") from error
-        try:
-            values = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"config file {path} is not valid YAML: {error}") from error
+        values = _read_yaml(text, f"config file {path}")
+        values = {} if values is None else values
         if not isinstance(values, dict):
             raise ValueError(f"config file {path} holds {type(values).__name__}, not sections")
     for override in overrides:

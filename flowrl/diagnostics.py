@@ -1,6 +1,6 @@
 """What a training step says about itself: pure functions from samples and results to metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def stationary_log_z(
     return stationary[mass > 0], own[mass > 0]
 
 
-def flow_metrics(results: Sequence[MicroBatchResult], beta: float) -> dict[str, float]:
+def flow_metrics(results: Iterable[MicroBatchResult], beta: float) -> dict[str, float]:
     """The balance of FlowRL over the sequences of one training step.
 
     flow/residual, residual_std  mean and spread of d
@@ -40,6 +40,8 @@ def flow_metrics(results: Sequence[MicroBatchResult], beta: float) -> dict[str, 
     flow/tilt                    beta * mean |y|: nats by which one unit of normalised reward
                                  tilts the target away from the reference
     """
+
+    results = list(results)
 
     def joined(name: str) -> Tensor:
         return torch.cat([r.output.diagnostics[name].detach().cpu().double() for r in results])
@@ -71,36 +73,45 @@ def flow_metrics(results: Sequence[MicroBatchResult], beta: float) -> dict[str, 
     return metrics
 
 
-def token_metrics(results: Sequence[MicroBatchResult]) -> dict[str, float]:
-    """Entropy, drift and train-inference mismatch over the response tokens of one training step.
+def token_metrics(results: Iterable[MicroBatchResult]) -> dict[str, float]:
+    """Entropy and drift over the response tokens of one training step.
 
-    actor/ppo_kl    mean of log pi_old - log pi, how far the mini-batches moved the policy
-    mismatch/*      the policy before any update against the rollout engine; kl estimates
-                    KL(rollout || policy) per token by the mean of exp(d) - 1 - d with
-                    d = log pi_policy - log pi_rollout (k3, http://joschu.net/blog/kl-approx.html)
+    actor/ppo_kl       mean of log pi_old - log pi, how far the mini-batches moved the policy
     head/dropped_mass  largest softmax mass the head's backward left out of any row
     """
-    policy, old, rollout, entropy, dropped = [], [], [], [], []
+    entropy, drift, dropped = [], [], []
     for result in results:
-        batch, mask = result.batch, result.batch.loss_mask
-        policy.append(result.logprobs[mask])
-        old.append(policy[-1] if batch.old_logprobs is None else batch.old_logprobs[mask])
-        rollout.append(batch.rollout_logprobs[mask])
-        entropy.append(result.entropy[mask])
+        mask, old = result.batch.loss_mask, result.batch.old_logprobs
+        entropy.append(result.entropy[mask].double())
+        policy = result.logprobs[mask].double()
+        drift.append(torch.zeros_like(policy) if old is None else old[mask].double() - policy)
         if result.dropped_mass is not None:
             dropped.append(result.dropped_mass)
-    before = torch.cat(old).double()
-    difference = before - torch.cat(rollout).double()
     metrics = {
-        "actor/entropy": float(torch.cat(entropy).double().mean()),
-        "actor/ppo_kl": float((before - torch.cat(policy).double()).mean()),
-        "mismatch/logprob_abs_diff_mean": float(difference.abs().mean()),
-        "mismatch/logprob_abs_diff_max": float(difference.abs().max()),
-        "mismatch/kl": float((difference.exp() - 1 - difference).mean()),
+        "actor/entropy": float(torch.cat(entropy).mean()),
+        "actor/ppo_kl": float(torch.cat(drift).mean()),
     }
     if dropped:
         metrics["head/dropped_mass"] = float(torch.cat(dropped).max())
     return metrics
+
+
+def mismatch_metrics(results: Iterable[MicroBatchResult]) -> dict[str, float]:
+    """The policy, before any update, against the rollout engine on the tokens it sampled.
+
+    mismatch/kl estimates KL(rollout || policy) per token by the mean of exp(d) - 1 - d with
+    d = log pi_policy - log pi_rollout (k3 of http://joschu.net/blog/kl-approx.html).
+    """
+    differences = []
+    for result in results:
+        difference = result.logprobs.double() - result.batch.rollout_logprobs.double()
+        differences.append(difference[result.batch.loss_mask])
+    difference = torch.cat(differences)
+    return {
+        "mismatch/logprob_abs_diff_mean": float(difference.abs().mean()),
+        "mismatch/logprob_abs_diff_max": float(difference.abs().max()),
+        "mismatch/kl": float((difference.exp() - 1 - difference).mean()),
+    }
 
 
 def rollout_metrics(

@@ -5,6 +5,8 @@ Every random draw depends on (seed, step) alone, so a resumed run repeats an uni
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from flowrl.batch import PackedBatch, Sample, pack
 from flowrl.config import Config
 from flowrl.diagnostics import (
     flow_metrics,
+    mismatch_metrics,
     rollout_metrics,
     throughput_metrics,
     token_metrics,
@@ -66,28 +69,27 @@ def training_step(run: Run) -> dict[str, float]:
     run.console.phase("reference")
     with Timer("ref", timings):
         move(run.reference, run.device)
-        values = run.policy.logprobs(samples, run.reference)
-        for sample, logprobs in zip(samples, values, strict=True):
-            sample.ref_logprobs = logprobs
+        set_logprobs(samples, "ref_logprobs", run.policy.logprobs(samples, run.reference))
         if config.ref.offload:
             move(run.reference, "cpu")
 
     num_updates = (
         config.actor.ppo_epochs * config.data.train_batch_size // config.actor.ppo_mini_batch_size
     )
-    if num_updates > 1 or config.flow.log_z == "vargrad":  # else the update's own forward gives it
+    if config.flow.old_logprobs == "rollout":
+        set_logprobs(samples, "old_logprobs", [torch.tensor(s.rollout_logprobs) for s in samples])
+    elif num_updates > 1 or config.flow.log_z == "vargrad":  # else the update's forward gives them
         run.console.phase("old policy")
         with Timer("old_log_prob", timings):
-            for sample, logprobs in zip(samples, run.policy.logprobs(samples), strict=True):
-                sample.old_logprobs = logprobs
+            set_logprobs(samples, "old_logprobs", run.policy.logprobs(samples))
     if config.flow.log_z == "vargrad":
         set_vargrad_log_z(samples, config.flow.beta)
 
     run.console.phase("updating")
-    results, grad_norms, num_skipped = [], [], 0
+    updates, grad_norms, num_skipped = [], [], 0
     with Timer("update_actor", timings):
         for mini_batch in mini_batches(run, samples):
-            results += run.policy.accumulate_gradients(mini_batch, flow_objective(run))
+            updates.append(run.policy.accumulate_gradients(mini_batch, flow_objective(run)))
             grad_norm, is_applied = run.policy.optimizer.step(run.step)
             grad_norms.append(grad_norm)
             num_skipped += not is_applied
@@ -97,8 +99,9 @@ def training_step(run: Run) -> dict[str, float]:
     run.step += 1
     return {
         **rollout_metrics(samples, texts, config.reward.correct_threshold),
-        **flow_metrics(results, config.flow.beta),
-        **token_metrics(results),
+        **flow_metrics(chain(*updates), config.flow.beta),
+        **token_metrics(chain(*updates)),
+        **mismatch_metrics(updates[0]),  # the first: the policy has not moved yet
         **run.rewards.metrics(),
         "actor/grad_norm": sum(grad_norms) / len(grad_norms),
         "actor/skipped_updates": num_skipped,
@@ -133,6 +136,16 @@ def make_samples(
         )
         for (group, response), score, reward in zip(pairs, scores, rewards.tolist(), strict=True)
     ]
+
+
+def set_logprobs(
+    samples: Sequence[Sample],
+    name: Literal["old_logprobs", "ref_logprobs"],
+    values: Sequence[Tensor],
+) -> None:
+    """Give every sample the log-probs of its response."""
+    for sample, logprobs in zip(samples, values, strict=True):
+        setattr(sample, name, logprobs)
 
 
 def mini_batches(run: Run, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:

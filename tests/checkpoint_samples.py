@@ -8,42 +8,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_model import tiny_model, tiny_tokenizer
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from flowrl.checkpoint import Checkpoint, load_training_state, save_checkpoint
 
 LATEST = "latest_checkpointed_iteration.txt"
 TENSORS = "training_state.safetensors"
-
-
-def tiny_model(
-    tied: bool = False, dtype: torch.dtype = torch.float32, hidden_size: int = 8
-) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=hidden_size,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config).to(dtype)
-
-
-@cache
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<unk>", "<s>", "</s>", *"0123456789", "+", "=", "?"]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 @cache

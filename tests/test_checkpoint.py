@@ -19,9 +19,8 @@ from checkpoint_samples import (
     save,
     save_model,
     stamped_model,
-    tiny_model,
-    tiny_tokenizer,
 )
+from tiny_model import tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 

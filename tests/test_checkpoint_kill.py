@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_samples import LATEST, entries, forked, read_stamp, save, save_model, tiny_model
+from checkpoint_samples import LATEST, entries, forked, read_stamp, save, save_model
+from tiny_model import tiny_model
 
 from flowrl.checkpoint import export_hf, latest_checkpoint
 

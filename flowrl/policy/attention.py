@@ -68,6 +68,8 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,  # transformers hands every model's keywords to every attention function
 ) -> tuple[Tensor, None]:
     """Attention of transformers' interface: query [1, heads, U, d] -> output [1, U, heads, d]."""
@@ -76,6 +78,8 @@ def packed_attention(
             f"a sequence of {plan.longest} tokens exceeds the model's sliding window of "
             f"{sliding_window}, which packed attention lacks; shorten the length limits"
         )
+    if softcap is not None or s_aux is not None:
+        raise ValueError("packed attention has no soft cap and no sinks, which the model asks for")
     states = [x[0].transpose(0, 1) for x in (query, key, value)]  # [U, heads, d]
     if HAS_FLASH_ATTENTION and query.is_cuda:
         return _flash(states, plan, scaling, dropout)[None], None

@@ -10,6 +10,9 @@ from flowrl.batch import PackedBatch
 from flowrl.kernels.linear_logprob import linear_logprob
 from flowrl.policy.attention import plan_attention
 
+# Settings of transformers' configs by which some models scale or bend their logits.
+LOGIT_CHANGES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+
 
 @dataclass
 class TokenOutputs:
@@ -27,6 +30,12 @@ def output_weight(model: PreTrainedModel) -> torch.nn.Parameter:
     assert isinstance(head, torch.nn.Linear) and isinstance(head.weight, torch.nn.Parameter)
     if head.bias is not None:
         raise ValueError(f"{type(model).__name__} has a head with a bias, which is not supported")
+    for name in LOGIT_CHANGES:
+        if getattr(model.config, name, None) not in (None, 1):
+            raise ValueError(
+                f"{type(model).__name__} changes its logits by {name} = "
+                f"{getattr(model.config, name)}, which is not supported"
+            )
     return head.weight
 
 

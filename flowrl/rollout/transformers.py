@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from flowrl.policy.forward import output_weight
 from flowrl.rollout import Response, SamplingParams
 
-STOP_WINDOW = 16  # a stop string is looked for in the text of this many last tokens
+STOP_SLACK = 16  # tokens decoded beyond the longest stop string, for tokens without text
 
 
 def sample_tokens(
@@ -149,14 +149,26 @@ class TransformersEngine:
             return True
         if not stop:
             return False
-        tail = self.tokenizer.decode(ids[-STOP_WINDOW:])
+        longest = max(len(text.encode()) for text in stop)  # a token is one byte or more
+        tail = self.tokenizer.decode(ids[-(longest + STOP_SLACK) :])
         return any(text in tail for text in stop)
 
     def publish(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take new weights; those that already share storage with the engine's cost nothing."""
+        """Take new weights; those that already share storage with the engine's cost nothing.
+
+        Raises ValueError, before anything is copied, for names or shapes that are not the model's.
+        """
         own = dict(self.model.named_parameters())
+        weights = dict(named_weights)
+        wrong = own.keys() ^ weights.keys()
+        wrong |= {n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape}
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} weights are missing, unknown or of another shape than the model's, "
+                f"first {min(wrong)}"
+            )
         with torch.no_grad():
-            for name, weight in named_weights:
+            for name, weight in weights.items():
                 if own[name].data_ptr() != weight.data_ptr():
                     own[name].copy_(weight)
         self.weight_version = version
