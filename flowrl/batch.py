@@ -93,6 +93,8 @@ def pack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Packe
     """Lay samples end to end. Raises ValueError for a sample without a prompt token."""
     if any(len(s.prompt_ids) == 0 for s in samples):
         raise ValueError("a sample has an empty prompt; its first token would have no log-prob")
+    for sample in samples:  # a shorter or longer list would shift all that follows
+        assert len(sample.rollout_logprobs) == len(sample.response_ids)
     lengths = torch.tensor([s.num_tokens for s in samples], dtype=torch.int32)
     prompt_lengths = torch.tensor([len(s.prompt_ids) for s in samples], dtype=torch.int64)
     num_tokens = int(lengths.sum())

@@ -71,6 +71,8 @@ def evaluate(
     from flowrl.summary import print_evaluation
 
     checkpoint = latest_checkpoint(source)
+    if checkpoint is None and own_config.exists():
+        raise ValueError(f"{source} is a run directory without a checkpoint; let it save one first")
     model = str(source if checkpoint is None else checkpoint.hf)
     print_evaluation(model, evaluate_model(settings, model))
 
@@ -114,7 +116,7 @@ def main() -> None:
     logging.getLogger("flowrl").setLevel(logging.INFO)
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:  # input, disk, a package to install
         typer.secho(f"error: {error}", err=True, fg="red")
         raise SystemExit(2) from error
 

@@ -225,6 +225,11 @@ class Config(Section):
                 f"actor.ppo_max_token_len_per_gpu = {actor.ppo_max_token_len_per_gpu}; a sequence "
                 "is never split, so raise the cap or shorten the limits"
             )
+        if rollout.max_num_seqs < rollout.n:
+            raise ValueError(
+                f"rollout.max_num_seqs = {rollout.max_num_seqs} is below rollout.n = {rollout.n}; "
+                "the responses to one prompt are decoded together, so raise it"
+            )
         if data.train_batch_size % actor.ppo_mini_batch_size != 0:
             raise ValueError(
                 f"data.train_batch_size = {data.train_batch_size} is not a multiple of "
@@ -291,7 +296,7 @@ def _read_yaml(text: str, source: str) -> Any:
     try:
         return yaml.safe_load(text)
     # PyYAML lets all but the first escape, for `!!int ''`, `!!timestamp x`, 2024-13-45 and [[[[...
-    except (yaml.YAMLError, IndexError, AttributeError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, LookupError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not valid YAML: {error}") from error
 
 

@@ -40,7 +40,6 @@ def flow_metrics(results: Iterable[MicroBatchResult], beta: float) -> dict[str, 
     flow/tilt                    beta * mean |y|: nats by which one unit of normalised reward
                                  tilts the target away from the reference
     """
-
     results = list(results)
 
     def joined(name: str) -> Tensor:

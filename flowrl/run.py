@@ -228,14 +228,19 @@ def start(config: Config) -> Run:
     reference.requires_grad_(False).eval()
     model = load_model(path, dtype, device, config.model.trust_remote_code)
     policy = build_policy(config, model, device)
+    engine = TransformersEngine(model, tokenizer, config.rollout.max_num_seqs)
+    fingerprint = weights_fingerprint(reference)
     checkpoint = latest_checkpoint(config.run_dir) if config.trainer.resume_mode == "auto" else None
+    if checkpoint is not None:  # before the writer: what is refused leaves the metrics alone
+        resume(checkpoint, config, policy, sampler, engine, fingerprint)
+    resume_step = None if checkpoint is None else checkpoint.step
     run = Run(
         config=config,
         tokenizer=tokenizer,
         policy=policy,
         reference=reference,
-        reference_fingerprint=weights_fingerprint(reference),
-        engine=TransformersEngine(model, tokenizer, config.rollout.max_num_seqs),
+        reference_fingerprint=fingerprint,
+        engine=engine,
         rewards=rewards,
         train_prompts=train_prompts,
         val_prompts=val_prompts,
@@ -248,38 +253,43 @@ def start(config: Config) -> Run:
             project_name=config.trainer.project_name,
             experiment_name=config.trainer.experiment_name,
             config=config.model_dump(mode="json"),
-            resume_step=None if checkpoint is None else checkpoint.step,
+            resume_step=resume_step,
         ),
         console=TrainingConsole(
             config.trainer.total_training_steps,
-            first_step=0 if checkpoint is None else checkpoint.step,
+            first_step=resume_step or 0,
             console=None if "console" in config.trainer.logger else Console(file=StringIO()),
         ),
         device=device,
+        step=resume_step or 0,
     )
-    if checkpoint is not None:
-        resume(run, checkpoint)
     write_whole(config.run_dir / "config.yaml", dump_config(config))
     return run
 
 
-def resume(run: Run, checkpoint: Checkpoint) -> None:
+def resume(
+    checkpoint: Checkpoint,
+    config: Config,
+    policy: TorchPolicy,
+    sampler: PromptSampler,
+    engine: RolloutEngine,
+    reference_fingerprint: str,
+) -> None:
     """Take weights, optimiser and data position from a checkpoint.
 
-    Raises ValueError when it was made against another reference model.
+    Raises ValueError when it was made against another reference model or on other data.
     """
     tensors, state = load_training_state(checkpoint)
-    if state["reference_fingerprint"] != run.reference_fingerprint:
+    if state["reference_fingerprint"] != reference_fingerprint:
         raise ValueError(
             f"{checkpoint.path} was trained against a reference with fingerprint "
-            f"{state['reference_fingerprint']}, but model.path = {run.config.model.path} has "
-            f"{run.reference_fingerprint}; restore the model or use another run directory"
+            f"{state['reference_fingerprint']}, but model.path = {config.model.path} has "
+            f"{reference_fingerprint}; restore the model or use another run directory"
         )
-    run.policy.optimizer.load_state_tensors(tensors)
-    run.sampler.load_state_dict(state["sampler"])
-    run.step = state["step"]
-    run.engine.publish(run.policy.named_weights(), version=run.step)
-    logger.warning("continuing %s after step %d", run.config.run_dir, run.step)
+    sampler.load_state_dict(state["sampler"])
+    policy.optimizer.load_state_tensors(tensors)
+    engine.publish(policy.named_weights(), version=checkpoint.step)
+    logger.warning("continuing %s after step %d", config.run_dir, checkpoint.step)
 
 
 def save(run: Run) -> Path:

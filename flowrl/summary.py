@@ -43,9 +43,11 @@ def examples_of(before: Evaluation | None, after: Evaluation | None) -> list[Exa
     """A few held-out prompts, those that training repaired first."""
     if after is None:
         return []
+    # By prompt: a run may continue with more held-out prompts than it began with.
+    earlier_by_prompt = {} if before is None else {e.prompt: e for e in before.examples}
     pairs = []
-    for i, judged in enumerate(after.examples):
-        earlier = before.examples[i] if before is not None else None
+    for judged in after.examples:
+        earlier = earlier_by_prompt.get(judged.prompt)
         pairs.append(
             Example(
                 prompt=judged.prompt,
@@ -65,8 +67,9 @@ def summarise(run: Run, elapsed_s: float) -> None:
     name = f"avg@{run.val_sampling.n}"
     before, after = load_evaluation(run_dir, 0), load_evaluation(run_dir, run.step)
     print_summary(
-        None if before is None else before.accuracy[name],
-        None if after is None else after.accuracy[name],
+        # A run that continued with another validation.n has none of this name to compare.
+        None if before is None else before.accuracy.get(name),
+        None if after is None else after.accuracy.get(name),
         examples_of(before, after),
         plot_run(run_dir) if "jsonl" in run.config.trainer.logger else None,
         run_dir,

@@ -38,12 +38,14 @@ def train(config: Config) -> Run:
     with start(config) as run, Interrupt() as interrupt, run.console:
         if run.step == 0 and config.trainer.val_before_train:
             run.log(judge(run))
-        while run.step < total and not interrupt.is_set:
+        is_stopping = False
+        while run.step < total and not is_stopping:
             metrics = training_step(run)
             if run.is_due(config.trainer.test_freq):
                 metrics |= judge(run)
             run.log(metrics)
-            if run.is_due(config.trainer.save_freq) or interrupt.is_set:
+            is_stopping = interrupt.is_set  # read once: a signal may come at any time
+            if run.is_due(config.trainer.save_freq) or is_stopping:
                 save(run)  # after the metrics: a resumed run cuts the lines that follow it
     return run
 

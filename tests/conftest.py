@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,3 +42,13 @@ def nan_filled_empty() -> Iterator[None]:
     yield
     deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture(scope="session")
+def tiny_sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An HF folder with a policy that writes sums, 1 in 20 right: enough for RL to go on from."""
+    from flowrl.policy.tiny import build_tiny_sums
+
+    folder = tmp_path_factory.mktemp("tiny_sums") / "model"
+    build_tiny_sums(folder, num_steps=40)
+    return folder

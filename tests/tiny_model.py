@@ -4,6 +4,7 @@ from functools import cache
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -60,7 +61,8 @@ def random_model(
     """Two layers of width 16, four heads; every weight random, norms and biases too.
 
     The spread of the weights makes next-token distributions of a few nats, which differ visibly
-    from position to position.
+    from position to position. In float64 the norms are torch's, because those of transformers
+    compute in float32 whatever they are given.
     """
     config = CONFIGS[kind](
         vocab_size=vocab_size,
@@ -76,6 +78,12 @@ def random_model(
         tie_word_embeddings=tied,
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    if dtype == torch.float64:
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child).__name__.endswith("RMSNorm"):
+                    eps = config.rms_norm_eps
+                    setattr(parent, name, nn.RMSNorm(child.weight.shape, eps, dtype=dtype))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -75,7 +75,7 @@ def forward_tokens(
         dropped_mass=dropped_mass,
         weight_grad=weight_grad,
     )
-    zeros = torch.zeros(len(batch.input_ids), device=hidden.device)
+    zeros = chosen.new_zeros(len(batch.input_ids))
     return TokenOutputs(
         logprobs=zeros.index_put((response,), chosen),
         entropy=zeros if entropy is None else zeros.index_put((response,), entropy),

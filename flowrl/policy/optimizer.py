@@ -64,7 +64,8 @@ class MasterAdamW:
         main_grad = torch.zeros_like(master, requires_grad=False)
 
         def accumulate(parameter: Tensor) -> None:
-            assert parameter.grad is not None
+            if parameter.grad is None:  # an op that adds to main_grad itself returned none
+                return
             main_grad.add_(parameter.grad)
             parameter.grad = None
 

@@ -100,7 +100,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
         )
     except OSError as error:
-        raise ValueError(f"model.path = {path}: {error}") from error
+        raise ValueError(f"model.path = {path}: {_one_line(error)}") from error
     move(model, device)
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
@@ -122,8 +122,13 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """Load the tokenizer beside a model. Raises ValueError when it is missing."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(f"model.path = {path}: no tokenizer there ({error})") from error
+    except (OSError, ValueError) as error:  # a folder without one gives the latter
+        raise ValueError(f"model.path = {path}: no tokenizer there ({_one_line(error)})") from error
+
+
+def _one_line(error: Exception) -> str:
+    """transformers' messages are paragraphs."""
+    return " ".join(str(error).split())
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

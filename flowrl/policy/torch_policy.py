@@ -54,6 +54,7 @@ class TorchPolicy:
     ) -> list[Tensor]:
         """Response log-probs [|y|] per sample, without gradient; `model` may be the reference."""
         model = self.model if model is None else model
+        model.eval()  # dropout would make these the log-probs of no policy
         results: list[Tensor] = [torch.empty(0)] * len(samples)
         for members, batch in self._micro_batches(samples):
             values = response_values(batch, token_logprobs(model, batch, self.temperature))

@@ -32,14 +32,15 @@ def sample_tokens(
         return ids, logprobs.gather(-1, ids[:, None])[:, 0]
     logits = logits / params.temperature
     if 0 < params.top_k < logits.shape[-1]:
-        threshold = logits.topk(params.top_k, -1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
+        is_cut = torch.ones_like(logits, dtype=torch.bool)
+        is_cut.scatter_(-1, logits.topk(params.top_k, -1).indices, False)
+        logits = logits.masked_fill(is_cut, -torch.inf)
     if params.top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
         mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        cut = torch.zeros_like(mass_before, dtype=torch.bool)
-        cut.scatter_(-1, order, mass_before >= params.top_p)
-        logits = logits.masked_fill(cut, -torch.inf)
+        is_cut = torch.zeros_like(mass_before, dtype=torch.bool)
+        is_cut.scatter_(-1, order, mass_before >= params.top_p)
+        logits = logits.masked_fill(is_cut, -torch.inf)
     logprobs = logits.log_softmax(-1)
     # The Gumbel trick: argmax(log p + Gumbel noise) is a draw from p.
     noise = torch.empty_like(logprobs).exponential_(generator=generator).log_()
@@ -86,7 +87,7 @@ class TransformersEngine:
             self.model.train(was_training)
         return responses
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: a rope buffer made here would break the backward
     def _generate_chunk(
         self,
         prompts: Sequence[Sequence[int]],
