@@ -2,6 +2,7 @@
 
 import logging
 import signal
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -221,49 +222,53 @@ def start(config: Config) -> Run:
         shuffle=config.data.shuffle,
     )
     reward = config.reward
-    rewards = RewardPool(
-        reward.function, reward.num_workers, reward.timeout_s, reward.failure_score
-    )
-    reference = load_model(path, dtype, device, config.model.trust_remote_code)
-    reference.requires_grad_(False).eval()
-    model = load_model(path, dtype, device, config.model.trust_remote_code)
-    policy = build_policy(config, model, device)
-    engine = TransformersEngine(model, tokenizer, config.rollout.max_num_seqs)
-    fingerprint = weights_fingerprint(reference)
-    checkpoint = latest_checkpoint(config.run_dir) if config.trainer.resume_mode == "auto" else None
-    if checkpoint is not None:  # before the writer: what is refused leaves the metrics alone
-        resume(checkpoint, config, policy, sampler, engine, fingerprint)
-    resume_step = None if checkpoint is None else checkpoint.step
-    run = Run(
-        config=config,
-        tokenizer=tokenizer,
-        policy=policy,
-        reference=reference,
-        reference_fingerprint=fingerprint,
-        engine=engine,
-        rewards=rewards,
-        train_prompts=train_prompts,
-        val_prompts=val_prompts,
-        sampler=sampler,
-        sampling=train_sampling(config),
-        val_sampling=val_sampling(config),
-        writer=MetricsWriter(
-            config.run_dir,
-            [name for name in config.trainer.logger if name != "console"],
-            project_name=config.trainer.project_name,
-            experiment_name=config.trainer.experiment_name,
-            config=config.model_dump(mode="json"),
-            resume_step=resume_step,
-        ),
-        console=TrainingConsole(
-            config.trainer.total_training_steps,
-            first_step=resume_step or 0,
-            console=None if "console" in config.trainer.logger else Console(file=StringIO()),
-        ),
-        device=device,
-        step=resume_step or 0,
-    )
-    write_whole(config.run_dir / "config.yaml", dump_config(config))
+    with ExitStack() as stack:  # a start that is refused leaves no reward workers behind
+        rewards = stack.enter_context(
+            RewardPool(reward.function, reward.num_workers, reward.timeout_s, reward.failure_score)
+        )
+        reference = load_model(path, dtype, device, config.model.trust_remote_code)
+        reference.requires_grad_(False).eval()
+        model = load_model(path, dtype, device, config.model.trust_remote_code)
+        policy = build_policy(config, model, device)
+        engine = TransformersEngine(model, tokenizer, config.rollout.max_num_seqs)
+        fingerprint = weights_fingerprint(reference)
+        checkpoint = (
+            latest_checkpoint(config.run_dir) if config.trainer.resume_mode == "auto" else None
+        )
+        if checkpoint is not None:  # before the writer: what is refused leaves the metrics alone
+            resume(checkpoint, config, policy, sampler, engine, fingerprint)
+        resume_step = None if checkpoint is None else checkpoint.step
+        run = Run(
+            config=config,
+            tokenizer=tokenizer,
+            policy=policy,
+            reference=reference,
+            reference_fingerprint=fingerprint,
+            engine=engine,
+            rewards=rewards,
+            train_prompts=train_prompts,
+            val_prompts=val_prompts,
+            sampler=sampler,
+            sampling=train_sampling(config),
+            val_sampling=val_sampling(config),
+            writer=MetricsWriter(
+                config.run_dir,
+                [name for name in config.trainer.logger if name != "console"],
+                project_name=config.trainer.project_name,
+                experiment_name=config.trainer.experiment_name,
+                config=config.model_dump(mode="json"),
+                resume_step=resume_step,
+            ),
+            console=TrainingConsole(
+                config.trainer.total_training_steps,
+                first_step=resume_step or 0,
+                console=None if "console" in config.trainer.logger else Console(file=StringIO()),
+            ),
+            device=device,
+            step=resume_step or 0,
+        )
+        write_whole(config.run_dir / "config.yaml", dump_config(config))
+        stack.pop_all()
     return run
 
 
