@@ -306,6 +306,7 @@ def live_implementation(device_type: str) -> str:
     return "reference"
 
 
+@torch.compiler.assume_constant_result  # it is no tensor operation that a graph could hold
 def _has_kernel(key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("flowrl::linear_logprob_forward", key)
 

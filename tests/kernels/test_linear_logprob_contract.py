@@ -174,6 +174,13 @@ def test_no_tensor_grows_with_rows_times_vocabulary(dtype):
     assert block <= largest.num_elements <= block < 700 * 3000 / 10
 
 
+def _operators_run(hidden, weight, target, implementation) -> list[str]:
+    with torch.profiler.profile() as profile:
+        linear_logprob(hidden, weight, target, implementation=implementation)
+    names = [event.key for event in profile.key_averages()]
+    return [name for name in names if name.startswith("flowrl::linear_logprob_forward")]
+
+
 def test_explicit_reference_runs_even_if_another_cpu_kernel_exists():
     hidden, weight, target = make_case(3, 4, 50)
     expected, _ = linear_logprob(hidden, weight, target, implementation="reference")
@@ -196,6 +203,13 @@ def test_explicit_reference_runs_even_if_another_cpu_kernel_exists():
             assert torch.equal(result, expected)
         finally:
             library._destroy()
+    else:
+        suffix_free = _operators_run(hidden, weight, target, None)
+        assert suffix_free == _operators_run(hidden, weight, target, "cpu")
+        assert suffix_free == ["flowrl::linear_logprob_forward"]
+        assert _operators_run(hidden, weight, target, "reference") == [
+            "flowrl::linear_logprob_forward_reference"
+        ]
     assert live_implementation("cuda") in ("reference", "triton")
 
 

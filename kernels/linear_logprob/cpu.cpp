@@ -1,0 +1,294 @@
+// linear_logprob on the CPU; __init__.py says what it computes and reference.py is the oracle.
+// Products run on blocks whose sizes do not depend on T, in bfloat16 with float32 sums where the
+// processor has instructions for it and in float32 otherwise; see cpu_blocks.h. Shapes, dtypes and
+// scalars are checked by the public Python function.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "cpu_backward.h"
+
+namespace flowrl::linear_logprob {
+namespace {
+
+using OptTensor = std::optional<Tensor>;
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using ForwardSignature = ForwardResult(const Tensor&, const Tensor&, const Tensor&, int64_t, double,
+                                       int64_t, bool, const OptTensor&);
+using BackwardSignature = std::tuple<Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, int64_t, double, const Tensor&, const Tensor&,
+    const Tensor&, const Tensor&, const OptTensor&, double, const OptTensor&, int64_t,
+    const OptTensor&, const OptTensor&, const OptTensor&, bool);
+
+// float64 has no kernel here: blocks of float32 would narrow it, and it serves only as an oracle.
+template <typename Signature>
+auto reference(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+void refuse_kept_logits(const OptTensor& kept_logits) {
+  TORCH_CHECK_VALUE(!kept_logits, "kept_logits is a buffer of shape ", kept_logits->sizes(),
+                    ", but the CPU implementation recomputes the logits; pass kept_logits=None");
+}
+
+bool uses_bfloat16(const Tensor& hidden) {
+  return hidden.scalar_type() == at::kBFloat16 && has_bfloat16_products();
+}
+
+template <typename T>
+ForwardResult forward_of(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                         int64_t vocab_start, float temperature, int64_t ignore_index,
+                         bool entropy) {
+  const int64_t num_rows = hidden.size(0), vocab_size = weight.size(0);
+  const auto target_c = target.contiguous();
+  const auto* targets = target_c.const_data_ptr<int64_t>();
+  std::vector<int64_t> index;
+  for (int64_t t = 0; t < num_rows; ++t) {
+    if (targets[t] != ignore_index) index.push_back(t);
+  }
+  const int64_t width = round_up(hidden.size(1), kLanes);
+  WeightSlices<T> slices(weight, width, Backward<T>::slice_tiles());
+  const int64_t num_tiles = slices.num_tiles();
+  const auto options = hidden.options().dtype(at::kFloat);
+  Tensor lse = at::zeros({num_rows}, options), target_logit = at::zeros({num_rows}, options);
+  Tensor mean_logit = at::zeros({num_rows}, options);
+  Tensor tile_lse = at::zeros({num_rows, num_tiles}, options);
+  if (index.empty()) return {lse, target_logit, mean_logit, tile_lse};
+  Tensor tile_mean = at::empty({entropy ? num_rows : 0, num_tiles}, options);
+  auto* tile_lses = tile_lse.mutable_data_ptr<float>();
+  auto* tile_means = tile_mean.mutable_data_ptr<float>();
+  auto *lses = lse.mutable_data_ptr<float>(), *means = mean_logit.mutable_data_ptr<float>();
+  auto* chosen = target_logit.mutable_data_ptr<float>();
+  const auto num_real = static_cast<int64_t>(index.size());
+  const float scale = 1 / temperature;
+  const auto transposed = transposed_blocks(Rows<T>(hidden, index));
+
+  Scratch<float> logits(kTile * kLanes, num_workers(num_tiles));
+  for (int64_t tile = 0, count; tile < num_tiles; tile += count) {
+    count = slices.run(tile, num_tiles);
+    const T* slice = slices.get(tile, count);
+    for_each_task(count, [&](int64_t j, int64_t worker) {
+      float* z = logits.get(worker);
+      const int64_t start = (tile + j) * kTile, real = std::min(kTile, vocab_size - start);
+      for (int64_t first = 0; first < num_real; first += kLanes) {
+        multiply(kTile, kLanes, width, slice + j * kTile * width, width,
+                 transposed.get() + first * width, kLanes, z, kLanes, false);
+        float maximum[kLanes], total[kLanes], weighted[kLanes];
+        tile_statistics(z, real, scale, entropy, maximum, total, weighted);
+        for (int64_t r = 0; r < std::min(kLanes, num_real - first); ++r) {
+          const int64_t t = index[first + r], entry = targets[t] - vocab_start - start;
+          tile_lses[t * num_tiles + tile + j] = maximum[r] + std::log(total[r]);
+          if (entropy) tile_means[t * num_tiles + tile + j] = maximum[r] + weighted[r] / total[r];
+          if (entry >= 0 && entry < real) chosen[t] = z[entry * kLanes + r] * scale;
+        }
+      }
+    });
+  }
+  at::parallel_for(0, num_real, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = index[i];
+      const float* parts = tile_lses + t * num_tiles;
+      const double maximum = *std::max_element(parts, parts + num_tiles);
+      double total = 0, weighted = 0;
+      for (int64_t j = 0; j < num_tiles; ++j) total += std::exp(parts[j] - maximum);
+      const double row_lse = maximum + std::log(total);
+      // Relative to lse, so that large logits do not cancel in the entropy.
+      for (int64_t j = 0; entropy && j < num_tiles; ++j) {
+        weighted += std::exp(parts[j] - row_lse) * (tile_means[t * num_tiles + j] - row_lse);
+      }
+      lses[t] = static_cast<float>(row_lse);
+      if (entropy) means[t] = static_cast<float>(row_lse + weighted);
+    }
+  });
+  return {lse, target_logit, mean_logit, tile_lse};
+}
+
+ForwardResult forward(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                      int64_t vocab_start, double temperature, int64_t ignore_index, bool entropy,
+                      const OptTensor& kept_logits) {
+  if (hidden.scalar_type() == at::kDouble) {
+    return reference<ForwardSignature>("flowrl::linear_logprob_forward_reference")
+        .call(hidden, weight, target, vocab_start, temperature, ignore_index, entropy, kept_logits);
+  }
+  refuse_kept_logits(kept_logits);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto run = uses_bfloat16(hidden) ? forward_of<BFloat16> : forward_of<float>;
+  // Detached, since other threads, which copy parts of them, do not know of this autograd guard.
+  return run(hidden.detach(), weight.detach(), target, vocab_start,
+             static_cast<float>(temperature), ignore_index, entropy);
+}
+
+struct BackwardInputs {
+  Tensor hidden, weight, target, lse, mean_logit, tile_lse, grad_logprob;
+  OptTensor grad_entropy, logprob;
+  int64_t vocab_start, ignore_index;
+  float temperature;
+  double drop_mass;
+};
+
+const float* optional_floats(const OptTensor& tensor) {
+  return tensor ? tensor->const_data_ptr<float>() : nullptr;
+}
+
+// Rows with a gradient: the others give exact zeros and cost nothing.
+std::vector<int64_t> live_rows(const BackwardInputs& in) {
+  const auto* grad = in.grad_logprob.const_data_ptr<float>();
+  const auto* grad_entropy = optional_floats(in.grad_entropy);
+  const auto* target = in.target.const_data_ptr<int64_t>();
+  std::vector<int64_t> index;
+  for (int64_t t = 0; t < in.hidden.size(0); ++t) {
+    const bool has_gradient = grad[t] != 0 || (grad_entropy && grad_entropy[t] != 0);
+    if (has_gradient && target[t] != in.ignore_index) index.push_back(t);
+  }
+  return index;
+}
+
+template <typename T>
+RowGradients row_gradients(const BackwardInputs& in, const Rows<T>& rows) {
+  const auto size = static_cast<size_t>(rows.padded);
+  const float scale = 1 / in.temperature;
+  RowGradients out{std::vector<float>(size), std::vector<float>(size), std::vector<float>(size),
+                   std::vector<float>(size), std::vector<int64_t>(size, -1),
+                   in.grad_entropy.has_value()};
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t t = rows.index[i];
+    out.lse[i] = in.lse.const_data_ptr<float>()[t];
+    out.mean_logit[i] = in.mean_logit.const_data_ptr<float>()[t];
+    out.grad_logprob[i] = in.grad_logprob.const_data_ptr<float>()[t] * scale;
+    if (out.has_entropy) out.grad_entropy[i] = optional_floats(in.grad_entropy)[t] * scale;
+    out.target[i] = in.target.const_data_ptr<int64_t>()[t] - in.vocab_start;
+  }
+  return out;
+}
+
+// Selects the pairs of rows [begin, end) and takes the cheaper of the two paths.
+template <typename T>
+void backward_with_drop(const BackwardInputs& in, Backward<T>& work, int64_t begin, int64_t end,
+                        float* dropped_mass, std::optional<Scratch<T>>& transposed) {
+  const auto& rows = work.rows;
+  const int64_t num_tiles = work.weight.num_tiles(), real = std::min(end, rows.count) - begin;
+  std::vector<uint8_t> keep(static_cast<size_t>((end - begin) * num_tiles), 0);
+  at::parallel_for(0, real, 16, [&](int64_t first, int64_t last) {
+    std::vector<float> mass(static_cast<size_t>(num_tiles));
+    std::vector<std::pair<float, int32_t>> order;
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t t = rows.index[begin + i], target = work.gradients.target[begin + i];
+      const bool is_here = target >= 0 && target < work.vocab_size;
+      const float* logprob = optional_floats(in.logprob);
+      const float dropped = select_tiles(
+          in.tile_lse.const_data_ptr<float>() + t * num_tiles, num_tiles,
+          work.gradients.lse[begin + i], logprob ? logprob + t : nullptr,
+          is_here ? target / kTile : -1, in.drop_mass, mass.data(), order,
+          keep.data() + i * num_tiles);
+      if (dropped_mass) dropped_mass[t] = dropped;
+    }
+  });
+  typename Backward<T>::Pairs pairs;
+  pairs.start.assign(static_cast<size_t>(num_tiles + 1), 0);
+  for (int64_t i = 0; i < real; ++i) {
+    for (int64_t j = 0; j < num_tiles; ++j) pairs.start[j + 1] += keep[i * num_tiles + j];
+  }
+  std::partial_sum(pairs.start.begin(), pairs.start.end(), pairs.start.begin());
+  const auto num_pairs = static_cast<double>(pairs.start.back());
+  if (num_pairs > kDenseShare * static_cast<double>(real * num_tiles)) {
+    if (!transposed) transposed = transposed_blocks(rows);
+    return work.exact(*transposed, begin, end, keep.data());
+  }
+  pairs.list.resize(static_cast<size_t>(pairs.start.back()));
+  auto next = pairs.start;
+  for (int64_t i = 0; i < real; ++i) {
+    for (int64_t j = 0; j < num_tiles; ++j) {
+      if (keep[i * num_tiles + j]) pairs.list[next[j]++] = static_cast<int32_t>(i);
+    }
+  }
+  work.sparse(begin, pairs);
+}
+
+template <typename T>
+Tensor backward_of(const BackwardInputs& in, const WeightGrad& weight_grad, float* dropped_mass) {
+  const Rows<T> rows(in.hidden, live_rows(in));
+  Tensor grad_hidden = at::zeros(in.hidden.sizes(), in.hidden.options().dtype(at::kFloat));
+  if (rows.count == 0) {
+    for (int64_t v = 0; weight_grad.data && v < in.weight.size(0); v += kTile) {
+      weight_grad.clear(v / kTile);
+    }
+    return grad_hidden;
+  }
+  Tensor padded_grad =
+      rows.is_whole ? grad_hidden : at::zeros({rows.padded, rows.width}, at::kFloat);
+  WeightSlices<T> slices(in.weight, rows.width, Backward<T>::slice_tiles());
+  Backward<T> work{rows, slices, in.weight.size(0), 1 / in.temperature, row_gradients(in, rows),
+                   weight_grad, padded_grad.mutable_data_ptr<float>()};
+  if (in.drop_mass > 0 && !in.grad_entropy) {
+    std::optional<Scratch<T>> transposed;  // made when a range of rows is dense
+    for (int64_t begin = 0; begin < rows.padded; begin += kRowLists) {
+      const int64_t end = std::min(rows.padded, begin + kRowLists);
+      backward_with_drop<T>(in, work, begin, end, dropped_mass, transposed);
+    }
+  } else {
+    work.exact(transposed_blocks(rows), 0, rows.padded, nullptr);
+  }
+  if (rows.is_whole) return grad_hidden;
+  const float* from = padded_grad.const_data_ptr<float>();
+  float* to = grad_hidden.mutable_data_ptr<float>();
+  const int64_t width = in.hidden.size(1);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    std::copy_n(from + i * rows.width, width, to + rows.index[i] * width);
+  }
+  return grad_hidden;
+}
+
+std::tuple<Tensor, Tensor> backward(
+    const Tensor& hidden, const Tensor& weight, const Tensor& target, int64_t vocab_start,
+    double temperature, const Tensor& lse, const Tensor& mean_logit, const Tensor& tile_lse,
+    const Tensor& grad_logprob, const OptTensor& grad_entropy, double drop_mass,
+    const OptTensor& logprob, int64_t ignore_index, const OptTensor& dropped_mass,
+    const OptTensor& weight_grad, const OptTensor& kept_logits, bool needs_grad_weight) {
+  if (hidden.scalar_type() == at::kDouble) {
+    return reference<BackwardSignature>("flowrl::linear_logprob_backward_reference")
+        .call(hidden, weight, target, vocab_start, temperature, lse, mean_logit, tile_lse,
+              grad_logprob, grad_entropy, drop_mass, logprob, ignore_index, dropped_mass,
+              weight_grad, kept_logits, needs_grad_weight);
+  }
+  refuse_kept_logits(kept_logits);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto floats = [](const Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); };
+  const auto optional = [&](const OptTensor& tensor) {
+    return tensor ? OptTensor(floats(*tensor)) : std::nullopt;
+  };
+  const BackwardInputs inputs{hidden.detach(), weight.detach(), target.contiguous(), floats(lse),
+                              floats(mean_logit), floats(tile_lse), floats(grad_logprob),
+                              optional(grad_entropy), optional(logprob), vocab_start, ignore_index,
+                              static_cast<float>(temperature), drop_mass};
+  const bool has_result = needs_grad_weight && !weight_grad;
+  const auto options = hidden.options().dtype(at::kFloat);
+  Tensor grad_weight = at::empty({has_result ? weight.size(0) : 0, weight.size(1)}, options);
+  // A buffer with gaps or of another dtype takes the sum of one of ours at the end.
+  const bool adds_in_place = weight_grad && weight_grad->is_contiguous() &&
+                             weight_grad->scalar_type() == at::kFloat;
+  Tensor accumulator = !weight_grad    ? grad_weight
+                       : adds_in_place ? *weight_grad
+                                       : at::empty(weight.sizes(), options);
+  const bool is_wanted = has_result || weight_grad;
+  const WeightGrad to{is_wanted ? accumulator.mutable_data_ptr<float>() : nullptr, weight.size(0),
+                      weight.size(1), adds_in_place};
+  Tensor dropped = at::zeros({dropped_mass ? hidden.size(0) : 0}, options);
+  float* dropped_data = dropped_mass ? dropped.mutable_data_ptr<float>() : nullptr;
+  const auto run = uses_bfloat16(hidden) ? backward_of<BFloat16> : backward_of<float>;
+  Tensor grad_hidden = run(inputs, to, dropped_data);
+  if (weight_grad && !adds_in_place) weight_grad->add_(accumulator);
+  if (dropped_mass) dropped_mass->copy_(dropped);
+  return {grad_hidden, grad_weight};
+}
+
+TORCH_LIBRARY_IMPL(flowrl, CPU, m) {
+  m.impl("linear_logprob_forward", forward);
+  m.impl("linear_logprob_backward", backward);
+}
+
+}  // namespace
+}  // namespace flowrl::linear_logprob
