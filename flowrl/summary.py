@@ -50,7 +50,7 @@ def examples_of(before: Evaluation | None, after: Evaluation | None) -> list[Exa
         earlier = earlier_by_prompt.get(judged.prompt)
         pairs.append(
             Example(
-                prompt=judged.prompt,
+                prompt=judged.prompt.replace("\n", " | "),
                 after=judged.response,
                 is_after_correct=judged.is_correct,
                 before=None if earlier is None else earlier.response,
