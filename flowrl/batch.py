@@ -169,15 +169,36 @@ def _first_fit(order: list[int], lengths: Sequence[int], max_tokens: int) -> lis
     return bins
 
 
+def _units(
+    lengths: Sequence[int], group_ids: Sequence[int] | None, max_tokens: int
+) -> list[list[int]]:
+    """What is placed as a whole: a group that fits a micro-batch, else each sequence."""
+    if group_ids is None:
+        return [[i] for i in range(len(lengths))]
+    groups: dict[int, list[int]] = {}
+    for i, group in enumerate(group_ids):
+        groups.setdefault(group, []).append(i)
+    units = []
+    for members in groups.values():
+        fits = sum(lengths[i] for i in members) <= max_tokens
+        units += [members] if fits else [[i] for i in members]
+    return units
+
+
 def plan_micro_batches(
-    lengths: Sequence[int], max_tokens: int, num_ranks: int = 1, multiple: int = 1
+    lengths: Sequence[int],
+    max_tokens: int,
+    num_ranks: int = 1,
+    multiple: int = 1,
+    group_ids: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
     """Assign sequences to micro-batches: `plan[rank][micro_batch]` lists sequence indices.
 
     No micro-batch exceeds `max_tokens`; no sequence is split; every rank gets the same number of
     micro-batches, a multiple of `multiple` (an interleaved pipeline needs that), with balanced
-    cost. A micro-batch may be empty when there are fewer sequences than micro-batches.
-    Deterministic. Raises ValueError for a sequence longer than the cap.
+    cost. With `group_ids` a group that fits stays together, so that its prompt is shared. A
+    micro-batch may be empty when there are fewer sequences than micro-batches. Deterministic.
+    Raises ValueError for a sequence longer than the cap.
     """
     too_long = [n for n in lengths if n > max_tokens]
     if too_long:
@@ -185,26 +206,30 @@ def plan_micro_batches(
             f"a sequence of {max(too_long)} tokens exceeds the micro-batch cap of {max_tokens}; "
             "raise actor.ppo_max_token_len_per_gpu"
         )
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    units = _units(lengths, group_ids, max_tokens)
+    unit_tokens = [sum(lengths[i] for i in unit) for unit in units]
+    unit_cost = [sum(sequence_cost(lengths[i]) for i in unit) for unit in units]
+    order = sorted(range(len(units)), key=lambda u: (-unit_tokens[u], units[u]))
     slots = num_ranks * multiple
-    num_bins = max(len(_first_fit(order, lengths, max_tokens)), 1)
+    num_bins = max(len(_first_fit(order, unit_tokens, max_tokens)), 1)
     num_bins = -(-num_bins // slots) * slots
     # Spread over the bins by cost; where that breaks the cap, fall back to first fit, which held.
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     tokens, cost = [0] * num_bins, [0] * num_bins
-    for i in order:
-        fitting = [b for b in range(num_bins) if tokens[b] + lengths[i] <= max_tokens]
+    for u in order:
+        fitting = [b for b in range(num_bins) if tokens[b] + unit_tokens[u] <= max_tokens]
         if not fitting:
-            bins = _first_fit(order, lengths, max_tokens)
+            bins = _first_fit(order, unit_tokens, max_tokens)
             bins += [[] for _ in range(num_bins - len(bins))]
             break
         lightest = min(fitting, key=lambda b: (cost[b], b))
-        bins[lightest].append(i)
-        tokens[lightest] += lengths[i]
-        cost[lightest] += sequence_cost(lengths[i])
-    bins.sort(key=lambda b: -sum(sequence_cost(lengths[i]) for i in b))
+        bins[lightest].append(u)
+        tokens[lightest] += unit_tokens[u]
+        cost[lightest] += unit_cost[u]
+    bins.sort(key=lambda b: -sum(unit_cost[u] for u in b))
     plan: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     for place, members in enumerate(bins):  # snake order keeps the ranks' totals close
         lap, rank = divmod(place, num_ranks)
-        plan[rank if lap % 2 == 0 else num_ranks - 1 - rank].append(sorted(members))
+        rank = rank if lap % 2 == 0 else num_ranks - 1 - rank
+        plan[rank].append(sorted(i for u in members for i in units[u]))
     return plan

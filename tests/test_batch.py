@@ -24,7 +24,8 @@ def test_plan_keeps_every_promise(seed: int) -> None:
         shortest = draw.choice([1, max(1, max_tokens // 2), max_tokens])
         lengths = [draw.randint(shortest, max_tokens) for _ in range(draw.randint(1, 60))]
         num_ranks, multiple = draw.randint(1, 5), draw.randint(1, 4)
-        plan = plan_micro_batches(lengths, max_tokens, num_ranks, multiple)
+        group_ids = draw.choice([None, [draw.randint(0, 9) for _ in lengths]])
+        plan = plan_micro_batches(lengths, max_tokens, num_ranks, multiple, group_ids)
         assert len(plan) == num_ranks
         assert len({len(rank) for rank in plan}) == 1
         assert len(plan[0]) % multiple == 0 and len(plan[0]) > 0
@@ -35,7 +36,19 @@ def test_plan_keeps_every_promise(seed: int) -> None:
         fewest = -(-sum(lengths) // max_tokens)
         slots = num_ranks * multiple
         assert len(batches) < 2 * fewest + slots
-        assert plan == plan_micro_batches(lengths, max_tokens, num_ranks, multiple)
+        assert plan == plan_micro_batches(lengths, max_tokens, num_ranks, multiple, group_ids)
+        for group in set(group_ids or ()):
+            members = {i for i, other in enumerate(group_ids or ()) if other == group}
+            homes = sum(not members.isdisjoint(batch) for batch in batches)
+            assert homes == 1 or sum(lengths[i] for i in members) > max_tokens
+
+
+def test_plan_keeps_groups_together_where_they_fit() -> None:
+    # Groups of 9, 7 and 12 tokens under a cap of 10: the last is split into its sequences, 8 and 4.
+    # In order of tokens: 9 | 8 | 7, and the 4 fits nowhere beside them, so a fourth bin.
+    lengths, group_ids = [5, 3, 8, 4, 4, 4], [0, 1, 2, 0, 1, 2]
+    plan = plan_micro_batches(lengths, 10, group_ids=group_ids)
+    assert sorted(plan[0]) == [[0, 3], [1, 4], [2], [5]]
 
 
 def test_plan_of_a_hand_case_is_balanced() -> None:

@@ -44,7 +44,11 @@ class TorchPolicy:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def _micro_batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], PackedBatch]]:
-        plan = plan_micro_batches([s.num_tokens for s in samples], self.max_tokens)
+        plan = plan_micro_batches(
+            [s.num_tokens for s in samples],
+            self.max_tokens,
+            group_ids=[s.group_id for s in samples],
+        )
         for members in plan[0]:
             if members:
                 yield members, pack([samples[i] for i in members], self.device)
