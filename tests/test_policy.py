@@ -413,7 +413,7 @@ def test_dropped_mass_stays_within_its_bound() -> None:
 
 
 def test_sliding_windows_soft_caps_and_sinks_are_refused() -> None:
-    plan = plan_attention(pack(make_samples()))
+    plan = plan_attention(pack(make_samples()), torch.float32)
     states = torch.zeros(1, 2, len(plan.batch.trunk_ids), 4)
     module = torch.nn.Identity()
     arguments = (module, states, states, states, None)

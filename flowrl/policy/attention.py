@@ -34,18 +34,19 @@ class AttentionPlan:
 
     batch: PackedBatch
     longest: int
-    buckets: list[Bucket]  # empty where flash-attn takes the ragged batch as it is
+    uses_flash: bool  # flash-attn takes the ragged batch as it is, in half precision on a GPU
+    buckets: list[Bucket]  # empty with flash-attn
 
 
-def plan_attention(batch: PackedBatch) -> AttentionPlan:
+def plan_attention(batch: PackedBatch, dtype: torch.dtype) -> AttentionPlan:
     """Group sequences whose lengths share a power of two, so padding at most doubles the work."""
     starts, lengths = batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff().long()
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths.tolist()):
         groups.setdefault((length - 1).bit_length(), []).append(i)
     longest = int(lengths.max())
-    if HAS_FLASH_ATTENTION and starts.is_cuda:
-        return AttentionPlan(batch, longest, [])
+    if HAS_FLASH_ATTENTION and starts.is_cuda and dtype in (torch.bfloat16, torch.float16):
+        return AttentionPlan(batch, longest, True, [])
     buckets = []
     for _, members in sorted(groups.items()):
         chosen = torch.tensor(members, device=starts.device)
@@ -54,7 +55,7 @@ def plan_attention(batch: PackedBatch) -> AttentionPlan:
         token = torch.where(is_real, starts[chosen, None] + offset, 0)
         rows = torch.where(is_real, batch.trunk_rows[token], 0)
         buckets.append(Bucket(rows, is_real & batch.owns_row[token]))
-    return AttentionPlan(batch, longest, buckets)
+    return AttentionPlan(batch, longest, False, buckets)
 
 
 def packed_attention(
@@ -81,7 +82,7 @@ def packed_attention(
     if softcap is not None or s_aux is not None:
         raise ValueError("packed attention has no soft cap and no sinks, which the model asks for")
     states = [x[0].transpose(0, 1) for x in (query, key, value)]  # [U, heads, d]
-    if HAS_FLASH_ATTENTION and query.is_cuda:
+    if plan.uses_flash:
         return _flash(states, plan, scaling, dropout)[None], None
     output = torch.zeros(
         (query.shape[2], *states[0].shape[1:-1], states[2].shape[-1]),

@@ -58,7 +58,7 @@ def forward_tokens(
         input_ids=batch.trunk_ids[None],
         position_ids=batch.trunk_positions[None],
         use_cache=False,
-        plan=plan_attention(batch),
+        plan=plan_attention(batch, model.dtype),
     ).last_hidden_state[0]
     response = batch.loss_mask.nonzero()[:, 0]  # never 0: a sequence starts with its prompt
     weight = output_weight(model)

@@ -261,8 +261,8 @@ def linear_logprob(
             that it left out of each row.
         weight_grad: [V, H] float32 buffer; the backward adds the gradient of `weight` to it and
             returns none for `weight`.
-        memory_budget: bytes that the forward may keep for the backward beyond O(T V / 128). The
-            reference recomputes and keeps nothing.
+        memory_budget: bytes that the forward may keep for the backward beyond O(T V / 128). No
+            implementation makes use of it yet: all recompute the logits and keep nothing.
         check: on CUDA, validate `target` too, at the cost of a synchronisation. Without it a target
             outside the vocabulary gives NaN in its row; on the CPU it always raises.
         implementation: None for the best of the device, or "reference", "triton", "cpu".
