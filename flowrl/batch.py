@@ -8,7 +8,7 @@ that several sequences of the batch begin with stands once: 3.5 times fewer for 
 tokens to a prompt of 18. Losses see the N tokens; `trunk_rows` leads from them to the U rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ class Sample:
     reward: float = 0.0  # group-normalised score
     old_logprobs: Tensor | None = None  # [|y|] float32
     ref_logprobs: Tensor | None = None  # [|y|] float32
+    advantages: Tensor | None = None  # [|y|] float32, of the objectives that need one
     vargrad_log_z: float = 0.0
 
     @property
@@ -51,9 +52,12 @@ class PackedBatch:
     rollout_logprobs: Tensor  # [N] float32, 0 outside responses
     old_logprobs: Tensor | None  # [N] float32, likewise
     ref_logprobs: Tensor | None  # [N] float32, likewise
+    advantages: Tensor | None  # [N] float32, likewise
     rewards: Tensor  # [B] float32, group-normalised
     group_ids: Tensor  # [B] int64
     vargrad_log_z: Tensor  # [B] float32
+    # The all-reduce of per-sequence sums, for a batch that holds a part of each sequence.
+    reduce_sums: Callable[[Tensor], Tensor] | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -112,7 +116,6 @@ def pack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Packe
         values = [getattr(s, name) for s in samples]
         return None if values[0] is None else _scatter(samples, values, num_tokens)
 
-    old_logprobs, ref_logprobs = gather("old_logprobs"), gather("ref_logprobs")
     batch = PackedBatch(
         input_ids=input_ids,
         trunk_rows=trunk_rows,
@@ -126,8 +129,9 @@ def pack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Packe
         rollout_logprobs=_scatter(
             samples, [torch.tensor(s.rollout_logprobs) for s in samples], num_tokens
         ),
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
+        old_logprobs=gather("old_logprobs"),
+        ref_logprobs=gather("ref_logprobs"),
+        advantages=gather("advantages"),
         rewards=torch.tensor([s.reward for s in samples]),
         group_ids=torch.tensor([s.group_id for s in samples]),
         vargrad_log_z=torch.tensor([s.vargrad_log_z for s in samples]),

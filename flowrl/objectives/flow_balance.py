@@ -6,6 +6,7 @@ softmax(logits / rollout temperature). Not copied is the per-micro-batch scale o
 release, which weighs a sequence by one over the size of its micro-batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +72,7 @@ def flow_balance_loss(
     clip_high: float = 0.2,
     weight_cap: float = 10.0,
     implementation: str | None = None,
+    reduce_sums: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> FlowBalanceOutput:
     """Return the sum over sequences of w d^2 (arXiv 2509.15207, Eq. 6 and 7), with
 
@@ -82,7 +84,9 @@ def flow_balance_loss(
     cu_seqlens: [B + 1] int32 or int64. rewards: [B], already normalised in their groups.
     log_z: [B]. The log-probs, rewards and log_z are all float32 or all float64; sums are float64.
     weighting: `clip`, `raw`, `cap`, `one` or `cispo`, see flowrl.kernels.flow_balance.
-    implementation: None (the device's best), "reference" or "cpu".
+    implementation: None (the device's best), "reference", "triton" or "cpu".
+    reduce_sums: where the tokens of a sequence are spread over ranks, the all-reduce of the [B, 5]
+    sums over them, whose backward must sum as well; every rank then has the whole loss.
 
     Gradients flow to policy_logprobs and log_z only. The caller divides by the number of sequences
     of the optimiser step, in which a sequence with an empty mask, with all tokens dropped or
@@ -101,6 +105,8 @@ def flow_balance_loss(
         clip_high,
         implementation,
     )
+    if reduce_sums is not None:
+        sums = reduce_sums(sums)
     out = residual_from_sums(
         sums, log_z, rewards, beta, weighting, clip_low, clip_high, weight_cap, implementation
     )

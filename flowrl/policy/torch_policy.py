@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flowrl.batch import PackedBatch, Sample, pack, plan_micro_batches, response_values
-from flowrl.objectives import ObjectiveOutput
+from flowrl.objectives.output import Normalizer, ObjectiveOutput
 from flowrl.partition import PartitionNetwork, Pooling, pool_prompt_states
 from flowrl.policy.forward import TokenOutputs, forward_tokens, output_weight, token_logprobs
 from flowrl.policy.optimizer import MasterAdamW
@@ -27,6 +27,15 @@ class MicroBatchResult:
     logprobs: Tensor  # [N] float32
     entropy: Tensor  # [N] float32, 0 outside responses
     dropped_mass: Tensor | None  # [R] over response tokens
+
+
+def normalizer_count(normalizer: Normalizer, samples: Sequence[Sample]) -> float:
+    """What the loss sum of a mini-batch is divided by."""
+    if normalizer == "sequences":
+        return len(samples)
+    if normalizer == "tokens":
+        return max(sum(len(s.response_ids) for s in samples), 1)
+    return normalizer
 
 
 @dataclass
@@ -71,8 +80,8 @@ class TorchPolicy:
     ) -> list[MicroBatchResult]:
         """Add the gradient of the objective over one mini-batch, micro-batch by micro-batch.
 
-        Each micro-batch contributes its loss_sum over the number of sequences of the whole
-        mini-batch, so the result does not depend on how the sequences were packed.
+        Each micro-batch contributes its loss_sum over the count of the whole mini-batch (sequences,
+        response tokens or a constant), so the result does not depend on the packing.
         """
         self.model.train()
         results = []
@@ -91,8 +100,7 @@ class TorchPolicy:
                     pool_prompt_states(outputs.hidden, batch, self.pooling, self.detach_z)
                 )
             output = objective(batch, outputs, log_z)
-            assert output.normalizer == "sequences"
-            (output.loss_sum / len(samples)).backward()
+            (output.loss_sum / normalizer_count(output.normalizer, samples)).backward()
             results.append(
                 MicroBatchResult(
                     batch=batch,
