@@ -93,6 +93,11 @@ class OptimConfig(Section):
 class ActorConfig(Section):
     """How the policy is updated."""
 
+    strategy: Literal["auto", "torch", "megatron"] = Field(
+        "auto",
+        description="torch: one process; megatron: many; auto: megatron under torchrun or when a "
+        "size in `parallel` exceeds 1",
+    )
     ppo_mini_batch_size: PositiveInt = Field(64, description="prompts per optimiser step")
     ppo_epochs: PositiveInt = Field(1, description="passes over each batch of rollouts")
     ppo_max_token_len_per_gpu: PositiveInt = Field(
@@ -102,6 +107,37 @@ class ActorConfig(Section):
         0.0, description="softmax mass the head's backward may leave out; 0: exact"
     )
     optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
+
+
+class ParallelConfig(Section):
+    """How Megatron spreads the policy; the ranks that are left over are data parallel."""
+
+    tensor_model_parallel_size: PositiveInt = Field(1, description="ranks that share a layer")
+    pipeline_model_parallel_size: PositiveInt = Field(1, description="stages of layers")
+    virtual_pipeline_model_parallel_size: PositiveInt = Field(
+        1, description="interleaved chunks per stage"
+    )
+    context_parallel_size: PositiveInt = Field(1, description="ranks that share a sequence")
+    expert_model_parallel_size: PositiveInt = Field(1, description="ranks that share the experts")
+    sequence_parallel: bool = Field(
+        False, description="spread norms and activations over the tensor-parallel ranks as well"
+    )
+    use_distributed_optimizer: bool = Field(
+        True, description="spread the optimiser's state over data-parallel ranks"
+    )
+    overlap_grad_reduce: bool = Field(True, description="reduce gradients during the backward")
+    timeout_minutes: PositiveInt = Field(
+        30, description="how long a rank waits for the others before the job stops"
+    )
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one copy of the policy."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
 
 
 class RefConfig(Section):
@@ -208,6 +244,7 @@ class Config(Section):
     model: ModelConfig
     rollout: RolloutConfig = RolloutConfig()  # pyright: ignore[reportCallIssue]
     actor: ActorConfig = ActorConfig()  # pyright: ignore[reportCallIssue]
+    parallel: ParallelConfig = ParallelConfig()  # pyright: ignore[reportCallIssue]
     ref: RefConfig = RefConfig()  # pyright: ignore[reportCallIssue]
     flow: FlowConfig = FlowConfig()  # pyright: ignore[reportCallIssue]
     algorithm: AlgorithmConfig = AlgorithmConfig()  # pyright: ignore[reportCallIssue]
@@ -244,7 +281,20 @@ class Config(Section):
                 "must divide by the truncated distribution that was sampled from; use top_p=1 "
                 "top_k=-1, or flow.old_logprobs=rollout"
             )
+        if actor.strategy == "torch" and self.parallel.model_size > 1:
+            raise ValueError(
+                f"actor.strategy = torch runs in one process, but `parallel` asks for "
+                f"{self.parallel.model_size}; use actor.strategy=megatron under torchrun"
+            )
         return self
+
+    @property
+    def is_megatron(self) -> bool:
+        """Whether Megatron trains the policy."""
+        if self.actor.strategy != "auto":
+            return self.actor.strategy == "megatron"
+        is_spread = self.parallel.model_size * self.parallel.expert_model_parallel_size > 1
+        return is_spread or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
     @property
     def run_dir(self) -> Path:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from flowrl.batch import Sample
+from flowrl.interface import MicroBatchResult
 from flowrl.metrics import mean_min_max
-from flowrl.policy.torch_policy import MicroBatchResult
 
 
 def stationary_log_z(

@@ -12,11 +12,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from flowrl.config import Config, cache_dir
 from flowrl.files import write_whole
 from flowrl.intervals import Accuracy, bootstrap_interval
+from flowrl.parts import resolve_device
 from flowrl.policy.pretrained import load_model, load_tokenizer, resolve_model_path
 from flowrl.rewards import RewardPool, RewardRequest, RewardResult
 from flowrl.rollout import Response, RolloutEngine, SamplingParams
 from flowrl.rollout.transformers import TransformersEngine
-from flowrl.run import load_split, resolve_device, val_sampling
+from flowrl.run import load_split, val_sampling
 from flowrl.tasks import TokenizedPrompt
 
 

@@ -11,11 +11,12 @@ from flowrl.config import Config, cache_dir
 from flowrl.console import Example, print_start, print_summary
 from flowrl.doctor import implementation_for
 from flowrl.evaluate import Evaluation, load_evaluation, score_responses
+from flowrl.parts import resolve_device, resolve_flow
 from flowrl.plots import plot_run
 from flowrl.policy.pretrained import load_tokenizer, resolve_model_path
 from flowrl.rewards import RewardPool
 from flowrl.rollout import Response
-from flowrl.run import Run, load_split, resolve_device, resolve_flow
+from flowrl.run import Run, load_split
 
 NUM_EXAMPLES = 3
 

@@ -21,14 +21,13 @@ from flowrl.diagnostics import (
     token_metrics,
 )
 from flowrl.evaluate import evaluate, save_evaluation, score_responses
+from flowrl.interface import Objective, TokenOutputs
 from flowrl.metrics import Timer
 from flowrl.objectives.flow_balance import flow_balance_loss, vargrad_log_z
-from flowrl.policy.forward import TokenOutputs
-from flowrl.policy.pretrained import move
-from flowrl.policy.torch_policy import Objective
+from flowrl.parts import resolve_flow, step_seed
 from flowrl.rewards import RewardResult, group_normalize
 from flowrl.rollout import Response
-from flowrl.run import Interrupt, Run, resolve_flow, save, start, step_seed
+from flowrl.run import Interrupt, Run, save, start
 from flowrl.tasks import TokenizedPrompt
 
 
@@ -44,7 +43,7 @@ def train(config: Config) -> Run:
             if run.is_due(config.trainer.test_freq):
                 metrics |= judge(run)
             run.log(metrics)
-            is_stopping = interrupt.is_set  # read once: a signal may come at any time
+            is_stopping = run.parts.any_rank(interrupt.is_set)  # read once: it may come any time
             if run.is_due(config.trainer.save_freq) or is_stopping:
                 save(run)  # after the metrics: a resumed run cuts the lines that follow it
     return run
@@ -70,10 +69,7 @@ def training_step(run: Run) -> dict[str, float]:
 
     run.console.phase("reference")
     with Timer("ref", timings):
-        move(run.reference, run.device)
-        set_logprobs(samples, "ref_logprobs", run.policy.logprobs(samples, run.reference))
-        if config.ref.offload:
-            move(run.reference, "cpu")
+        set_logprobs(samples, "ref_logprobs", run.parts.reference_logprobs(samples))
 
     num_updates = (
         config.actor.ppo_epochs * config.data.train_batch_size // config.actor.ppo_mini_batch_size
@@ -219,7 +215,8 @@ def judge(run: Run) -> dict[str, float]:
             correct_threshold=run.config.reward.correct_threshold,
             seed=run.config.trainer.seed,
         )
-    save_evaluation(run.config.run_dir, run.step, evaluation)
+    if run.parts.is_main:
+        save_evaluation(run.config.run_dir, run.step, evaluation)
     sampled = evaluation.accuracy[f"avg@{run.val_sampling.n}"]
     metrics = {
         "val/accuracy": sampled.mean,

@@ -25,11 +25,11 @@ from flowrl.evaluate import (
     save_evaluation,
 )
 from flowrl.files import write_whole
+from flowrl.interface import MicroBatchResult
 from flowrl.intervals import Accuracy, bootstrap_interval
 from flowrl.objectives import ObjectiveOutput
 from flowrl.objectives.flow_balance import PRESETS
-from flowrl.policy.torch_policy import MicroBatchResult
-from flowrl.run import resolve_device, resolve_flow, step_seed
+from flowrl.parts import resolve_device, resolve_flow, step_seed
 
 BETA = 15.0
 

@@ -20,8 +20,9 @@ ALLOWED_PARTS = {
     "kernels": set(),
     "objectives": {"kernels"},
     "partition": {"batch", "kernels"},
-    "policy": {"objectives", "partition", "batch", "kernels"},
-    "megatron": {"objectives", "partition", "batch", "kernels"},
+    "interface": {"objectives", "batch"},
+    "policy": {"interface", "objectives", "partition", "batch", "kernels"},
+    "megatron": {"interface", "objectives", "partition", "batch", "kernels"},
 }
 ALLOWED_PACKAGES = {"kernels": {"torch", "triton"}, "objectives": {"torch"}}
 ONLY_IMPORTERS = {"train": {"cli"}, "cli": {"__main__"}}

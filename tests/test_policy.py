@@ -10,13 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flowrl.batch import PackedBatch, Sample, pack, response_values
+from flowrl.interface import Objective, TokenOutputs
 from flowrl.objectives import ObjectiveOutput
 from flowrl.objectives.flow_balance import flow_balance_loss
 from flowrl.partition import Pooling, build_partition
 from flowrl.policy.attention import packed_attention, plan_attention
-from flowrl.policy.forward import TokenOutputs, forward_tokens, output_weight, token_logprobs
+from flowrl.policy.forward import forward_tokens, output_weight, token_logprobs
 from flowrl.policy.optimizer import MasterAdamW, ParamGroup
-from flowrl.policy.torch_policy import Objective, TorchPolicy
+from flowrl.policy.torch_policy import TorchPolicy
 
 TEMPERATURE = 0.7
 VOCABULARY = 300  # three tiles of the head, the last one ragged

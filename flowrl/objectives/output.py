@@ -5,7 +5,6 @@ from typing import Literal
 
 import torch
 
-
 # "sequences" or "tokens", counted over the whole optimiser step and all ranks, or a constant
 Normalizer = Literal["sequences", "tokens"] | float
 

@@ -1,27 +1,16 @@
 """Token log-probs of a packed batch, without the logits."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from flowrl.batch import PackedBatch
+from flowrl.interface import TokenOutputs
 from flowrl.kernels.linear_logprob import linear_logprob
 from flowrl.policy.attention import plan_attention
 
 # Settings of transformers' configs by which some models scale or bend their logits.
 LOGIT_CHANGES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-
-
-@dataclass
-class TokenOutputs:
-    """What a forward pass gives the objective. N packed tokens."""
-
-    logprobs: Tensor  # [N] float32; entry i is the log-prob of token i, 0 outside responses
-    entropy: Tensor  # [N] float32, of the distribution that token i was drawn from
-    hidden: Tensor  # [U, H] post-norm states of the trunk's rows
-    dropped_mass: Tensor | None  # [R] float32, filled by the backward when drop_mass > 0
 
 
 def output_weight(model: PreTrainedModel) -> torch.nn.Parameter:

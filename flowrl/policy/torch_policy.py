@@ -1,6 +1,6 @@
 """The policy in one process: trunk, head, partition network and optimiser on one device."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,34 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flowrl.batch import PackedBatch, Sample, pack, plan_micro_batches, response_values
-from flowrl.objectives.output import Normalizer, ObjectiveOutput
+from flowrl.interface import MicroBatchResult, Objective, normalizer_count
 from flowrl.partition import PartitionNetwork, Pooling, pool_prompt_states
-from flowrl.policy.forward import TokenOutputs, forward_tokens, output_weight, token_logprobs
+from flowrl.policy.forward import forward_tokens, output_weight, token_logprobs
 from flowrl.policy.optimizer import MasterAdamW
-
-# (batch, outputs, log_z [B]) -> loss_sum and diagnostics; log_z is None without a network
-Objective = Callable[[PackedBatch, TokenOutputs, Tensor | None], ObjectiveOutput]
-
-
-@dataclass
-class MicroBatchResult:
-    """What one micro-batch leaves for the metrics."""
-
-    batch: PackedBatch
-    output: ObjectiveOutput
-    log_z: Tensor | None  # [B]
-    logprobs: Tensor  # [N] float32
-    entropy: Tensor  # [N] float32, 0 outside responses
-    dropped_mass: Tensor | None  # [R] over response tokens
-
-
-def normalizer_count(normalizer: Normalizer, samples: Sequence[Sample]) -> float:
-    """What the loss sum of a mini-batch is divided by."""
-    if normalizer == "sequences":
-        return len(samples)
-    if normalizer == "tokens":
-        return max(sum(len(s.response_ids) for s in samples), 1)
-    return normalizer
 
 
 @dataclass

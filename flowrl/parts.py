@@ -1,0 +1,224 @@
+"""What a run trains with: policy, reference, engine and rewards, in one process or in many."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from flowrl.batch import Sample
+from flowrl.checkpoint import Checkpoint, load_training_state, save_checkpoint
+from flowrl.config import Config, FlowConfig
+from flowrl.interface import Policy
+from flowrl.objectives.flow_balance import PRESETS, FlowBalancePreset
+from flowrl.partition import PartitionNetwork, build_partition
+from flowrl.policy.optimizer import MasterAdamW, ParamGroup
+from flowrl.policy.pretrained import load_model, move, weights_fingerprint
+from flowrl.policy.torch_policy import TorchPolicy
+from flowrl.rewards import RewardPool
+from flowrl.rollout import RolloutEngine
+from flowrl.rollout.transformers import TransformersEngine
+
+
+class Parts(Protocol):
+    """The parts that differ between one process and many. Every rank makes the same calls."""
+
+    @property
+    def policy(self) -> Policy: ...
+
+    @property
+    def engine(self) -> RolloutEngine: ...
+
+    @property
+    def rewards(self) -> RewardPool: ...
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        ...
+
+    @property
+    def reference_fingerprint(self) -> str:
+        """Says whether two runs have the same reference weights."""
+        ...
+
+    def reference_logprobs(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """Response log-probs [|y|] per sample under the frozen reference policy."""
+        ...
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        ...
+
+    def save(self, run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+        """Write a checkpoint with `state` beside the policy; no file in it is a pickle."""
+        ...
+
+    def load(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Take the policy from a checkpoint, publish it, and return the `state` saved with it."""
+        ...
+
+    def close(self) -> None:
+        """Free engine and reward workers."""
+        ...
+
+
+@dataclass
+class TorchParts:
+    """Everything in this process, on one device."""
+
+    policy: TorchPolicy
+    engine: RolloutEngine
+    rewards: RewardPool
+    reference: PreTrainedModel
+    reference_fingerprint: str
+    model_path: str
+    tokenizer: PreTrainedTokenizerBase
+    offload_reference: bool
+    is_main: bool = True
+
+    def reference_logprobs(self, samples: Sequence[Sample]) -> list[Tensor]:
+        move(self.reference, self.policy.device)
+        logprobs = self.policy.logprobs(samples, self.reference)
+        if self.offload_reference:
+            move(self.reference, "cpu")
+        return logprobs
+
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
+    def save(self, run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+        return save_checkpoint(
+            run_dir,
+            step,
+            model=self.policy.model,
+            tokenizer=self.tokenizer,
+            tensors=self.policy.optimizer.state_tensors(),
+            state=state,
+            keep=keep,
+        )
+
+    def load(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        tensors, state = load_training_state(checkpoint)
+        check_fingerprint(checkpoint, state, self.model_path, self.reference_fingerprint)
+        self.policy.optimizer.load_state_tensors(tensors)
+        self.engine.publish(self.policy.named_weights(), version=checkpoint.step)
+        return state
+
+    def close(self) -> None:
+        self.rewards.close()
+        self.engine.close()
+
+
+def check_fingerprint(
+    checkpoint: Checkpoint, state: dict[str, Any], model_path: str, fingerprint: str
+) -> None:
+    """Raise ValueError unless the checkpoint was made against the same reference weights."""
+    if state["reference_fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{checkpoint.path} was trained against a reference with fingerprint "
+            f"{state['reference_fingerprint']}, but model.path = {model_path} has {fingerprint}; "
+            "restore the model or use another run directory"
+        )
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of everything random in one step."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def resolve_flow(flow: FlowConfig) -> FlowBalancePreset:
+    """The preset with the settings that the configuration overrides."""
+    overrides = {
+        "weighting": flow.weighting,
+        "clip_low": flow.clip_low,
+        "clip_high": flow.clip_high,
+        "weight_cap": flow.weight_cap,
+        "pooling": flow.z_pooling,
+        "z_dropout": flow.z_dropout,
+        "detach_z": flow.z_detach,
+    }
+    return replace(PRESETS[flow.preset], **{k: v for k, v in overrides.items() if v is not None})
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first GPU, else the CPU. Raises ValueError for a GPU that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("trainer.device = cuda, but torch sees no GPU; use auto or cpu")
+    return torch.device(name)
+
+
+def partition_of(config: Config, hidden_size: int) -> PartitionNetwork | None:
+    """The partition network, if the objective has one."""
+    if config.algorithm.objective != "flow_balance" or config.flow.log_z != "network":
+        return None
+    return build_partition(
+        hidden_size,
+        config.flow.z_num_layers,
+        resolve_flow(config.flow).z_dropout,
+        step_seed(config.trainer.seed, 0),
+    )
+
+
+def build_torch(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> TorchParts:
+    """The parts of a run in one process."""
+    device, dtype = resolve_device(config.trainer.device), getattr(torch, config.model.dtype)
+    reward = config.reward
+    with ExitStack() as stack:  # a start that is refused leaves no reward workers behind
+        rewards = stack.enter_context(
+            RewardPool(reward.function, reward.num_workers, reward.timeout_s, reward.failure_score)
+        )
+        reference = load_model(path, dtype, device, config.model.trust_remote_code)
+        reference.requires_grad_(False).eval()
+        model = load_model(path, dtype, device, config.model.trust_remote_code)
+        parts = TorchParts(
+            policy=build_policy(config, model, device),
+            engine=TransformersEngine(model, tokenizer, config.rollout.max_num_seqs),
+            rewards=rewards,
+            reference=reference,
+            reference_fingerprint=weights_fingerprint(reference),
+            model_path=config.model.path,
+            tokenizer=tokenizer,
+            offload_reference=config.ref.offload,
+        )
+        stack.pop_all()
+    return parts
+
+
+def build_policy(config: Config, model: PreTrainedModel, device: torch.device) -> TorchPolicy:
+    """The trainable policy with its partition network and optimiser."""
+    flow, optim = resolve_flow(config.flow), config.actor.optim
+    partition = partition_of(config, model.config.hidden_size)
+    groups = [ParamGroup(list(model.named_parameters()), optim.lr)]
+    if partition is not None:
+        partition.to(device)
+        z_lr = optim.lr if config.flow.z_lr is None else config.flow.z_lr
+        named = [(f"partition.{n}", p) for n, p in partition.named_parameters()]
+        groups.append(ParamGroup(named, z_lr))
+    if config.model.enable_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return TorchPolicy(
+        model=model,
+        partition=partition,
+        optimizer=MasterAdamW(
+            groups,
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+            warmup_steps=optim.lr_warmup_steps,
+            max_grad_norm=optim.clip_grad,
+        ),
+        temperature=config.rollout.temperature,
+        max_tokens=config.actor.ppo_max_token_len_per_gpu,
+        pooling=flow.pooling,
+        detach_z=flow.detach_z,
+        drop_mass=config.actor.drop_mass,
+        device=device,
+    )
