@@ -2,6 +2,8 @@
 
 import torch
 
+from flowrl.kernels._triton import IS_INTERPRETED
+
 
 def check_packed(
     mask: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int, device: torch.device
@@ -44,23 +46,40 @@ def _check_values(mask: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int)
         raise ValueError(f"the mask must hold 0 and 1 only, got {mask[index].item()} at {index}")
 
 
+def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Raise ValueError unless both are float32 or both float64, and on one device."""
+    if other.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{other_name} must be float32 or float64, got {other.dtype}")
+    if tensor.dtype != other.dtype:
+        raise ValueError(
+            f"{name} is {tensor.dtype} but {other_name} is {other.dtype}: cast one of them"
+        )
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but {other_name} on {other.device}: move one of them"
+        )
+
+
 # implementation -> (device type, dispatch key, what makes it available)
 _NATIVE = {
     "cpu": ("cpu", "CPU", "build the C++ library with `make install`"),
-    "triton": ("cuda", "CUDA", "this op has no Triton kernel on this machine"),
+    "triton": ("cuda", "CUDA", "it needs triton and a CUDA device or TRITON_INTERPRET=1"),
 }
 
 
 def check_implementation(op: str, implementation: str | None, device: torch.device) -> None:
     """Raise ValueError unless `implementation` (None: the device's best) of `op` runs on `device`.
 
-    Asks the dispatcher, which otherwise falls back to the reference in silence.
+    Asks the dispatcher, which otherwise falls back to the reference in silence. Under Triton's
+    interpreter "triton" also runs on CPU tensors, outside the dispatcher.
     """
     if implementation is None or implementation == "reference":
         return
     if implementation not in _NATIVE:
         names = ", ".join(repr(name) for name in ("reference", *_NATIVE))
         raise ValueError(f"implementation is {implementation!r}: use None or one of {names}")
+    if implementation == "triton" and device.type == "cpu" and IS_INTERPRETED:
+        return
     device_type, key, remedy = _NATIVE[implementation]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(op, key):
         raise ValueError(

@@ -394,7 +394,6 @@ def test_compiles_without_a_graph_break(weighting):
         ({"clip_high": math.inf}, "clip_high"),
         ({"weight_cap": -1.0}, "weight_cap must be finite and > 0, got -1.0"),
         ({"implementation": "cuda"}, "implementation is 'cuda'"),
-        ({"implementation": "triton"}, "'triton' of .* is not available"),
     ],
 )
 def test_errors(change, message):

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from flowrl.kernels import _native
+from flowrl.kernels._triton import IS_INTERPRETED
 from flowrl.objectives.flow_balance import flow_balance_loss
 from flowrl.rewards.normalize import group_normalize
 
 IMPLEMENTATIONS = [None, "reference"] + (["cpu"] if _native.load() else [])
+IMPLEMENTATIONS += ["triton"] if IS_INTERPRETED else []
 each_implementation = pytest.mark.parametrize(
     "implementation", IMPLEMENTATIONS, ids=[name or "dispatched" for name in IMPLEMENTATIONS]
 )

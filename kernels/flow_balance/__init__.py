@@ -16,12 +16,15 @@ ratio < 1 - clip_low, then clips S. Bounds act on log S, so nothing overflows.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from flowrl.kernels import _native
-from flowrl.kernels._packed import check_implementation, check_packed
+from flowrl.kernels._packed import check_implementation, check_packed, check_same
+from flowrl.kernels._triton import HAS_KERNELS, IS_INTERPRETED, interpreted
 from flowrl.kernels.flow_balance import reference
 from flowrl.kernels.flow_balance.reference import (
     DROPPED,
@@ -93,10 +96,12 @@ def _sums_setup_context(ctx, inputs, output):
     ctx.save_for_backward(policy, old, mask, cu_seqlens, rewards)
 
 
-def _sums_backward(ctx, grad_sums):
+def _sums_backward(
+    ctx, grad_sums, run_backward: Callable = torch.ops.flowrl.sequence_sums_backward
+):
     # Of the columns only these two depend on the policy; the counts are piecewise constant.
     coefficient = grad_sums[:, POLICY] + grad_sums[:, LOG_RATIO]
-    grad = torch.ops.flowrl.sequence_sums_backward(coefficient, *ctx.saved_tensors, *ctx.rule)
+    grad = run_backward(coefficient, *ctx.saved_tensors, *ctx.rule)
     return grad, None, None, None, None, None, None, None, None
 
 
@@ -123,6 +128,24 @@ torch.library.register_autograd(
     setup_context=_residual_setup_context,
     lib=_library,
 )
+# The others go by the dispatcher.
+_SUMS_FORWARDS = {"reference": reference.sequence_sums}
+_RESIDUAL_FORWARDS = {"reference": reference.residual_from_sums}
+if HAS_KERNELS:
+    from flowrl.kernels.flow_balance import gpu
+
+    _library.impl("sequence_sums", gpu.sequence_sums, "CUDA")
+    _library.impl("sequence_sums_backward", gpu.sequence_sums_backward, "CUDA")
+    _library.impl("residual_from_sums", gpu.residual_from_sums, "CUDA")
+    if IS_INTERPRETED:
+        _SUMS_FORWARDS["triton"] = interpreted(
+            gpu.sequence_sums,
+            _sums_setup_context,
+            partial(_sums_backward, run_backward=gpu.sequence_sums_backward),
+        )
+        _RESIDUAL_FORWARDS["triton"] = interpreted(
+            gpu.residual_from_sums, _residual_setup_context, _residual_backward
+        )
 
 
 class SequenceResiduals(NamedTuple):
@@ -165,9 +188,7 @@ def sequence_sums(
         policy_logprobs, old_logprobs, ref_logprobs, loss_mask, cu_seqlens, rewards
     )
     check_implementation("flowrl::sequence_sums", implementation, policy_logprobs.device)
-    forward = (
-        reference.sequence_sums if implementation == "reference" else torch.ops.flowrl.sequence_sums
-    )
+    forward = _SUMS_FORWARDS.get(implementation or "", torch.ops.flowrl.sequence_sums)
     return forward(
         policy_logprobs,
         old_logprobs.detach(),
@@ -213,15 +234,11 @@ def residual_from_sums(
         )
     if log_z.shape != rewards.shape:
         raise ValueError(f"log_z must have shape {list(rewards.shape)}, got {list(log_z.shape)}")
-    _check_same("log_z", log_z, "rewards", rewards)
+    check_same("log_z", log_z, "rewards", rewards)
     if sums.device != rewards.device:
         raise ValueError(f"sums are on {sums.device} but rewards on {rewards.device}: move one")
     check_implementation("flowrl::residual_from_sums", implementation, sums.device)
-    forward = (
-        reference.residual_from_sums
-        if implementation == "reference"
-        else torch.ops.flowrl.residual_from_sums
-    )
+    forward = _RESIDUAL_FORWARDS.get(implementation or "", torch.ops.flowrl.residual_from_sums)
     return SequenceResiduals(
         *forward(
             sums,
@@ -265,7 +282,7 @@ def check_tokens(
                 f"{name} must have policy_logprobs' shape {list(policy_logprobs.shape)}, "
                 f"got {list(tensor.shape)}"
             )
-        _check_same(name, tensor, "policy_logprobs", policy_logprobs)
+        check_same(name, tensor, "policy_logprobs", policy_logprobs)
     mask, cu_seqlens = check_packed(
         loss_mask, cu_seqlens, policy_logprobs.shape[0], policy_logprobs.device
     )
@@ -274,18 +291,5 @@ def check_tokens(
             f"rewards must have shape [{cu_seqlens.shape[0] - 1}], one per sequence of "
             f"cu_seqlens, got {list(rewards.shape)}"
         )
-    _check_same("rewards", rewards, "policy_logprobs", policy_logprobs)
+    check_same("rewards", rewards, "policy_logprobs", policy_logprobs)
     return mask, cu_seqlens
-
-
-def _check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    if other.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{other_name} must be float32 or float64, got {other.dtype}")
-    if tensor.dtype != other.dtype:
-        raise ValueError(
-            f"{name} is {tensor.dtype} but {other_name} is {other.dtype}: cast one of them"
-        )
-    if tensor.device != other.device:
-        raise ValueError(
-            f"{name} is on {tensor.device} but {other_name} on {other.device}: move one of them"
-        )

@@ -7,10 +7,14 @@ Pools the prompt's hidden states for the Z network of FlowRL (arXiv 2509.15207, 
 partition function). A context-parallel caller all-reduces (sum, count) before dividing.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from flowrl.kernels import _native
 from flowrl.kernels._packed import check_implementation, check_packed
+from flowrl.kernels._triton import HAS_KERNELS, IS_INTERPRETED, interpreted
 from flowrl.kernels.segment_mean import reference
 
 __all__ = ["segment_mean", "segment_sum"]
@@ -48,14 +52,26 @@ def _setup_context(ctx, inputs, output):
     ctx.hidden_dtype = hidden.dtype
 
 
-def _backward(ctx, grad_sum, _):
-    grad = torch.ops.flowrl.segment_sum_backward(grad_sum, *ctx.saved_tensors, ctx.hidden_dtype)
+def _backward(ctx, grad_sum, _, run_backward: Callable = torch.ops.flowrl.segment_sum_backward):
+    grad = run_backward(grad_sum, *ctx.saved_tensors, ctx.hidden_dtype)
     return grad, None, None
 
 
 torch.library.register_autograd(
     "flowrl::segment_sum", _backward, setup_context=_setup_context, lib=_library
 )
+_FORWARDS = {"reference": reference.segment_sum}  # the others go by the dispatcher
+if HAS_KERNELS:
+    from flowrl.kernels.segment_mean import gpu
+
+    _library.impl("segment_sum", gpu.segment_sum, "CUDA")
+    _library.impl("segment_sum_backward", gpu.segment_sum_backward, "CUDA")
+    if IS_INTERPRETED:
+        _FORWARDS["triton"] = interpreted(
+            gpu.segment_sum,
+            _setup_context,
+            partial(_backward, run_backward=gpu.segment_sum_backward),
+        )
 
 
 def segment_sum(
@@ -78,9 +94,8 @@ def segment_sum(
         raise ValueError(f"hidden must be one of {DTYPES}, got {hidden.dtype}")
     mask, cu_seqlens = check_packed(mask, cu_seqlens, hidden.shape[0], hidden.device)
     check_implementation("flowrl::segment_sum", implementation, hidden.device)
-    if implementation == "reference":
-        return reference.segment_sum(hidden, cu_seqlens, mask)
-    return torch.ops.flowrl.segment_sum(hidden, cu_seqlens, mask)
+    forward = _FORWARDS.get(implementation or "", torch.ops.flowrl.segment_sum)
+    return forward(hidden, cu_seqlens, mask)
 
 
 def segment_mean(

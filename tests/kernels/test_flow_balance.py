@@ -1,12 +1,16 @@
 """The two ops under the flow-balance objective: sums over tokens, residuals from the sums."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from flowrl.kernels import _native
 from flowrl.kernels._packed import check_implementation
+from flowrl.kernels._triton import IS_INTERPRETED
 from flowrl.kernels.flow_balance import (
     DROPPED,
     LOG_RATIO,
@@ -21,6 +25,7 @@ from flowrl.kernels.flow_balance import (
 
 # None is what the dispatcher picks, with the registered backward; "reference" is plain autograd.
 IMPLEMENTATIONS = [None, "reference"] + (["cpu"] if _native.load() else [])
+IMPLEMENTATIONS += ["triton"] if IS_INTERPRETED else []
 each_implementation = pytest.mark.parametrize(
     "implementation", IMPLEMENTATIONS, ids=[name or "dispatched" for name in IMPLEMENTATIONS]
 )
@@ -110,7 +115,9 @@ def test_gradient_of_every_column(implementation, weighting):
     policy.requires_grad_()
     # 1e-6 steps do not carry a ratio of these data over a cispo bound.
     assert torch.autograd.gradcheck(
-        lambda p: sequence_sums(p, *rest, weighting, 0.2, 0.2, implementation), policy
+        lambda p: sequence_sums(p, *rest, weighting, 0.2, 0.2, implementation),
+        policy,
+        fast_mode=implementation == "triton",  # one random direction instead of every element
     )
 
 
@@ -387,9 +394,6 @@ def test_errors():
     refuses("clip_low .* got nan", sequence_sums, *good, clip_low=math.nan)
     refuses("clip_high .* got -0.1", sequence_sums, *good, clip_high=-0.1)
     refuses("implementation is 'gpu'", sequence_sums, *good, implementation="gpu")
-    refuses(
-        "'triton' of flowrl::sequence_sums is not", sequence_sums, *good, implementation="triton"
-    )
     refuses(r"\[B, 5\]", residual_from_sums, sums[:4], log_z, rewards)
     refuses(r"\[B, 5\]", residual_from_sums, sums.float(), log_z, rewards)
     refuses("log_z must have shape", residual_from_sums, sums, log_z[:, None], rewards)
@@ -400,21 +404,80 @@ def test_errors():
     refuses("unknown weighting", residual_from_sums, sums, log_z, rewards, weighting="Clip")
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "triton"])
-def test_an_explicit_implementation_never_falls_back(implementation):
+@pytest.mark.parametrize(("implementation", "device"), [("cpu", "cpu"), ("triton", "cuda")])
+def test_an_explicit_implementation_never_falls_back(implementation, device):
     library = torch.library.Library("flowrl_test", "FRAGMENT")
     library.define("without_kernels(Tensor x) -> Tensor")
     library.impl("without_kernels", lambda x: x, "CompositeExplicitAutograd")
     with pytest.raises(ValueError, match=f"'{implementation}' of .* is not available"):
-        check_implementation("flowrl_test::without_kernels", implementation, torch.device("cpu"))
+        check_implementation("flowrl_test::without_kernels", implementation, torch.device(device))
     check_implementation("flowrl_test::without_kernels", "reference", torch.device("cpu"))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@each_dtype
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_triton_on_the_gpu(dtype, weighting):
+    inputs = _tokens(dtype, lengths=(3, 0, 5000, 1, 131_072))
+    log_z = torch.linspace(-1, 1, 5, dtype=dtype)
+
+    def run(tensors, implementation):
+        policy, *rest, z = tensors
+        policy, z = policy.detach().requires_grad_(), z.detach().requires_grad_()
+        options = {"weighting": weighting, "implementation": implementation}
+        sums = sequence_sums(policy, *rest, **options)
+        out = residual_from_sums(sums, z, rest[-1], **options)
+        return sums.detach(), *out[1:], *torch.autograd.grad(out.loss.sum(), [policy, z])
+
+    truth = run((*inputs, log_z), "reference")
+    on_gpu = [x.cuda() for x in (*inputs, log_z)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    one, two = run(on_gpu, "triton"), run(on_gpu, "triton")
+    torch.cuda.set_sync_debug_mode("default")
+    for got, again, exact in zip(one, two, truth, strict=True):
+        assert torch.equal(got, again)
+        tolerance = 1e-12 if got.dtype == F64 else 1e-6
+        torch.testing.assert_close(got.cpu(), exact, rtol=tolerance, atol=tolerance)
+
+
 @each_implementation
-def test_cpu_runs_on_cpu_tensors_only(implementation):
+def test_implementations_know_their_device(implementation):
     tensors = [x.to("meta") for x in _tokens()]
-    if implementation == "cpu":
-        with pytest.raises(ValueError, match="runs on cpu tensors, got meta"):
-            sequence_sums(*tensors, implementation="cpu")
+    if implementation in ("cpu", "triton"):
+        with pytest.raises(ValueError, match="runs on (cpu|cuda) tensors, got meta"):
+            sequence_sums(*tensors, implementation=implementation)
     else:
         assert sequence_sums(*tensors, implementation=implementation).device.type == "meta"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the Triton kernels are there")
+@pytest.mark.parametrize("hide", ["", "sys.modules['triton'] = None"], ids=["", "no triton"])
+def test_triton_is_optional_and_named_where_it_is_missing(hide):
+    lines = [
+        "import sys",
+        hide,
+        "import torch",
+        "from flowrl.kernels.flow_balance import sequence_sums",
+        "from flowrl.kernels.segment_mean import segment_sum",
+        "from flowrl.kernels.token_clip import token_clip",
+        "x, cu = torch.ones(2), torch.tensor([0, 2])",
+        "def clip(name): return token_clip(x, x, x, x, cu, implementation=name)[0, 0]",
+        "def sums(name): return sequence_sums(x, x, x, x, cu, x[:1], implementation=name)[0, 0]",
+        "def rows(name): return segment_sum(x[:, None], cu, x, name)[0][0, 0]",
+        "for call in (clip, sums, rows):",
+        "    print(call(None).item())",
+        "    try: call('triton')",
+        "    except ValueError as error: print(error)",
+    ]
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        env=environ, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    values, errors = done.stdout.splitlines()[::2], done.stdout.splitlines()[1::2]
+    assert values == ["-2.0", "2.0", "2.0"]
+    assert len(errors) == 3
+    for error in errors:
+        assert "is not available: it needs triton and a CUDA device or TRITON_INTERPRET=1" in error
