@@ -1,4 +1,4 @@
-"""Write configuration.md from the models in flowrl/config.py, so that it cannot drift from them.
+"""Write configuration.md from the models in flowrl/settings.py, so that it cannot drift from them.
 
 `python docs/generate_configuration.py` writes the page, with `--check` it exits 1 when the page is
 stale. A path may be named as well.
@@ -19,7 +19,8 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the checkout this script lies in, installed or not
 
-from flowrl.config import VERL_HOMES, Config, config_keys  # noqa: E402
+from flowrl.config import VERL_HOMES, config_keys  # noqa: E402
+from flowrl.settings import Config  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -28,7 +29,7 @@ VERL_ROLES = ("actor.", "model.", "ref.", "rollout.")  # veRL has them under act
 HEAD = """\
 # Configuration
 
-<!-- Written by docs/generate_configuration.py from flowrl/config.py: edit that, not this. -->
+<!-- Written by docs/generate_configuration.py from flowrl/settings.py: edit that, not this. -->
 
 A run is one YAML file and, after it, `key=value` overrides:
 
@@ -124,7 +125,7 @@ def section_lines(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             inner.append((f"{prefix}{name}", kind))
             continue
         if not field.description:
-            raise ValueError(f"`{prefix}{name}` has no description in flowrl/config.py")
+            raise ValueError(f"`{prefix}{name}` has no description in flowrl/settings.py")
         description = field.description.replace("|", "\\|")  # else it ends the cell
         kind_text = type_text(kind, field.metadata)
         rows.append(f"| `{prefix}{name}` | {kind_text} | {default_text(field)} | {description} |")

@@ -8,7 +8,7 @@ that several sequences of the batch begin with stands once: 3.5 times fewer for 
 tokens to a prompt of 18. Losses see the N tokens; `trunk_rows` leads from them to the U rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,8 @@ class Sample:
     old_logprobs: Tensor | None = None  # [|y|] float32
     ref_logprobs: Tensor | None = None  # [|y|] float32
     advantages: Tensor | None = None  # [|y|] float32, of the objectives that need one
+    values: Tensor | None = None  # [|y|] float32, the critic's before its update
+    returns: Tensor | None = None  # [|y|] float32, what the critic should have said
     vargrad_log_z: float = 0.0
 
     @property
@@ -53,6 +55,8 @@ class PackedBatch:
     old_logprobs: Tensor | None  # [N] float32, likewise
     ref_logprobs: Tensor | None  # [N] float32, likewise
     advantages: Tensor | None  # [N] float32, likewise
+    values: Tensor | None  # [N] float32, likewise
+    returns: Tensor | None  # [N] float32, likewise
     rewards: Tensor  # [B] float32, group-normalised
     group_ids: Tensor  # [B] int64
     vargrad_log_z: Tensor  # [B] float32
@@ -132,6 +136,8 @@ def pack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Packe
         old_logprobs=gather("old_logprobs"),
         ref_logprobs=gather("ref_logprobs"),
         advantages=gather("advantages"),
+        values=gather("values"),
+        returns=gather("returns"),
         rewards=torch.tensor([s.reward for s in samples]),
         group_ids=torch.tensor([s.group_id for s in samples]),
         vargrad_log_z=torch.tensor([s.vargrad_log_z for s in samples]),
@@ -237,3 +243,15 @@ def plan_micro_batches(
         rank = rank if lap % 2 == 0 else num_ranks - 1 - rank
         plan[rank].append(sorted(i for u in members for i in units[u]))
     return plan
+
+
+def micro_batches(
+    samples: Sequence[Sample], max_tokens: int, device: torch.device
+) -> Iterator[tuple[list[int], PackedBatch]]:
+    """Yield the micro-batches of one process: (which samples, packed)."""
+    plan = plan_micro_batches(
+        [s.num_tokens for s in samples], max_tokens, group_ids=[s.group_id for s in samples]
+    )
+    for members in plan[0]:
+        if members:
+            yield members, pack([samples[i] for i in members], device)

@@ -19,17 +19,18 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from flowrl.tensor_file import TensorSpec, plan_tensor_file
 
 CHECKPOINTS_FOLDER = "checkpoints"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -42,19 +43,6 @@ PREVIOUS_NAME = re.compile(r"\.(global_step_(\d+))\.previous")
 SCRATCH_NAME = re.compile(r"\..+\.tmp-(\d+)-(.+)")
 # A scratch folder of another host cannot be asked whether its writer lives; no save takes a day.
 STALE_AFTER_S = 24 * 3600
-
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 logger = logging.getLogger(__name__)
 
@@ -82,20 +70,35 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write checkpoint `step`, name it the latest, then remove older ones beyond `keep`.
+    """Write checkpoint `step` of a policy in this process; see save_folder.
 
     `tensors` have any shape and device; besides them and the weights at most a shard of 5 GB is
-    held in memory. A step that exists is replaced, and checkpoints of later steps (those of a run
-    that was resumed further back) are left alone. Returns the folder of the checkpoint.
+    held in memory. Raises ValueError also for a tensor dtype that safetensors lacks.
+    """
+    file = plan_tensor_file({name: TensorSpec.of(tensor) for name, tensor in tensors.items()})
 
-    Raises ValueError for a negative step, keep < 1, a state that JSON would change or a tensor
-    dtype that safetensors lacks, and OSError when the disk refuses; the earlier checkpoints are
-    whole in every case.
+    def write(folder: Path) -> None:
+        _save_hf(folder / HF_FOLDER, model, tokenizer)
+        file.write(folder / TENSORS_FILE, tensors.items())
+
+    return save_folder(run_dir, step, write, state, keep)
+
+
+def save_folder(
+    run_dir: Path, step: int, write: Callable[[Path], None], state: dict[str, Any], keep: int
+) -> Path:
+    """Write checkpoint `step`, name it the latest, then remove older ones beyond `keep`.
+
+    `write` puts hf/ and the training state into the folder that it is given. A step that exists is
+    replaced, and checkpoints of later steps (those of a run that was resumed further back) are left
+    alone. Returns the folder of the checkpoint.
+
+    Raises ValueError for a negative step, keep < 1 or a state that JSON would change, and OSError
+    when the disk refuses; the earlier checkpoints are whole in every case.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"step = {step}, keep = {keep}: a step is >= 0 and at least 1 is kept")
     state_text = _encode_state(state)
-    header, order = _tensors_header(tensors)
     folder = run_dir / CHECKPOINTS_FOLDER
     final = folder / f"global_step_{step}"
     scratch = _scratch_path(final)
@@ -103,8 +106,7 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         _clean(folder)
         scratch.mkdir()
-        _save_hf(scratch / HF_FOLDER, model, tokenizer)
-        _write_tensors(scratch / TENSORS_FILE, header, [tensors[name] for name in order])
+        write(scratch)
         (scratch / STATE_FILE).write_text(state_text, encoding="utf-8")
         _sync_tree(scratch)
         _rename_over(scratch, final)
@@ -158,6 +160,11 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
     )
 
 
+def load_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Read the state that was saved, without the tensors; raises as load_training_state does."""
+    return _read_json(checkpoint.path / STATE_FILE)
+
+
 def load_training_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors (on the CPU, mapped from the file) and the state that were saved.
 
@@ -169,7 +176,7 @@ def load_training_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise _damaged_file(path, error) from error
-    return tensors, _read_json(checkpoint.path / STATE_FILE)
+    return tensors, load_state(checkpoint)
 
 
 def export_hf(source: Path, destination: Path, step: int | None = None) -> Path:
@@ -221,44 +228,6 @@ def _encode_state(state: dict[str, Any]) -> str:
 
 def _to_json(value: Any) -> str:
     return json.dumps(value, indent=1, allow_nan=False)
-
-
-def _tensors_header(tensors: dict[str, Tensor]) -> tuple[bytes, list[str]]:
-    """The safetensors header, 8-byte length included, and the order of the tensors in the file."""
-    # The widest type first keeps every tensor aligned to its element size in the mapped file.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header = {}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in SAFETENSORS_DTYPES:
-            raise ValueError(
-                f"tensor {name} has dtype {tensor.dtype}; a checkpoint holds "
-                f"{', '.join(str(dtype) for dtype in SAFETENSORS_DTYPES)}"
-            )
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, order
-
-
-def _write_tensors(path: Path, header: bytes, tensors: list[Tensor]) -> None:
-    """Write a safetensors file one tensor at a time.
-
-    safetensors.torch.save_file copies all CUDA tensors to the host at once and refuses tensors
-    that share memory; here those are each written in full.
-    """
-    with open(path, "wb") as file:
-        file.write(header)
-        for tensor in tensors:
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _save_hf(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

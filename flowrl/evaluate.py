@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from flowrl.config import Config, cache_dir
+from flowrl.config import cache_dir
 from flowrl.files import write_whole
 from flowrl.intervals import Accuracy, bootstrap_interval
 from flowrl.parts import resolve_device
 from flowrl.policy.pretrained import load_model, load_tokenizer, resolve_model_path
-from flowrl.rewards import RewardPool, RewardRequest, RewardResult
+from flowrl.rewards import RewardPool, RewardRequest, RewardResult, RewardScorer
 from flowrl.rollout import Response, RolloutEngine, SamplingParams
 from flowrl.rollout.transformers import TransformersEngine
 from flowrl.run import load_split, val_sampling
+from flowrl.settings import Config
 from flowrl.tasks import TokenizedPrompt
 
 
@@ -47,7 +48,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], *, is_answe
 
 def score_responses(
     tokenizer: PreTrainedTokenizerBase,
-    rewards: RewardPool,
+    rewards: RewardScorer,
     prompts: Sequence[TokenizedPrompt],
     responses: Sequence[Sequence[Response]],
 ) -> tuple[list[str], list[RewardResult]]:
@@ -70,7 +71,7 @@ def score_responses(
 def evaluate(
     engine: RolloutEngine,
     tokenizer: PreTrainedTokenizerBase,
-    rewards: RewardPool,
+    rewards: RewardScorer,
     prompts: Sequence[TokenizedPrompt],
     sampling: SamplingParams,
     *,

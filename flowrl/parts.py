@@ -14,16 +14,17 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.batch import Sample
 from flowrl.checkpoint import Checkpoint, load_training_state, save_checkpoint
-from flowrl.config import Config, FlowConfig
 from flowrl.interface import Policy
 from flowrl.objectives.flow_balance import PRESETS, FlowBalancePreset
 from flowrl.partition import PartitionNetwork, build_partition
+from flowrl.policy.critic import TorchCritic, build_value_head
 from flowrl.policy.optimizer import MasterAdamW, ParamGroup
 from flowrl.policy.pretrained import load_model, move, weights_fingerprint
 from flowrl.policy.torch_policy import TorchPolicy
-from flowrl.rewards import RewardPool
+from flowrl.rewards import RewardPool, RewardScorer
 from flowrl.rollout import RolloutEngine
 from flowrl.rollout.transformers import TransformersEngine
+from flowrl.settings import Config, FlowConfig, OptimConfig
 
 
 class Parts(Protocol):
@@ -36,7 +37,12 @@ class Parts(Protocol):
     def engine(self) -> RolloutEngine: ...
 
     @property
-    def rewards(self) -> RewardPool: ...
+    def rewards(self) -> RewardScorer: ...
+
+    @property
+    def critic(self) -> TorchCritic | None:
+        """PPO's critic."""
+        ...
 
     @property
     def is_main(self) -> bool:
@@ -74,8 +80,9 @@ class TorchParts:
     """Everything in this process, on one device."""
 
     policy: TorchPolicy
+    critic: TorchCritic | None
     engine: RolloutEngine
-    rewards: RewardPool
+    rewards: RewardScorer
     reference: PreTrainedModel
     reference_fingerprint: str
     model_path: str
@@ -99,7 +106,12 @@ class TorchParts:
             step,
             model=self.policy.model,
             tokenizer=self.tokenizer,
-            tensors=self.policy.optimizer.state_tensors(),
+            tensors={
+                name: tensor
+                for trained in (self.policy, self.critic)
+                if trained is not None
+                for name, tensor in trained.optimizer.state_tensors().items()
+            },
             state=state,
             keep=keep,
         )
@@ -108,6 +120,8 @@ class TorchParts:
         tensors, state = load_training_state(checkpoint)
         check_fingerprint(checkpoint, state, self.model_path, self.reference_fingerprint)
         self.policy.optimizer.load_state_tensors(tensors)
+        if self.critic is not None:
+            self.critic.optimizer.load_state_tensors(tensors)
         self.engine.publish(self.policy.named_weights(), version=checkpoint.step)
         return state
 
@@ -181,6 +195,7 @@ def build_torch(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -
         model = load_model(path, dtype, device, config.model.trust_remote_code)
         parts = TorchParts(
             policy=build_policy(config, model, device),
+            critic=build_critic(config, path, device),
             engine=TransformersEngine(model, tokenizer, config.rollout.max_num_seqs),
             rewards=rewards,
             reference=reference,
@@ -195,12 +210,12 @@ def build_torch(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -
 
 def build_policy(config: Config, model: PreTrainedModel, device: torch.device) -> TorchPolicy:
     """The trainable policy with its partition network and optimiser."""
-    flow, optim = resolve_flow(config.flow), config.actor.optim
+    flow = resolve_flow(config.flow)
     partition = partition_of(config, model.config.hidden_size)
-    groups = [ParamGroup(list(model.named_parameters()), optim.lr)]
+    groups = [ParamGroup(list(model.named_parameters()), config.actor.optim.lr)]
     if partition is not None:
         partition.to(device)
-        z_lr = optim.lr if config.flow.z_lr is None else config.flow.z_lr
+        z_lr = config.actor.optim.lr if config.flow.z_lr is None else config.flow.z_lr
         named = [(f"partition.{n}", p) for n, p in partition.named_parameters()]
         groups.append(ParamGroup(named, z_lr))
     if config.model.enable_gradient_checkpointing:
@@ -208,17 +223,41 @@ def build_policy(config: Config, model: PreTrainedModel, device: torch.device) -
     return TorchPolicy(
         model=model,
         partition=partition,
-        optimizer=MasterAdamW(
-            groups,
-            betas=optim.betas,
-            weight_decay=optim.weight_decay,
-            warmup_steps=optim.lr_warmup_steps,
-            max_grad_norm=optim.clip_grad,
-        ),
+        optimizer=build_optimizer(groups, config.actor.optim),
         temperature=config.rollout.temperature,
         max_tokens=config.actor.ppo_max_token_len_per_gpu,
         pooling=flow.pooling,
         detach_z=flow.detach_z,
         drop_mass=config.actor.drop_mass,
         device=device,
+    )
+
+
+def build_critic(config: Config, path: str, device: torch.device) -> TorchCritic | None:
+    """PPO's critic, a copy of the policy's model with a value head; None for other objectives."""
+    if config.algorithm.objective != "ppo":
+        return None
+    dtype, optim = getattr(torch, config.model.dtype), config.critic.optim
+    model = load_model(path, dtype, device, config.model.trust_remote_code)
+    head = build_value_head(model.config.hidden_size, step_seed(config.trainer.seed, 0)).to(device)
+    if config.model.enable_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    named = [(f"critic.{n}", p) for n, p in model.base_model.named_parameters()]
+    named += [(f"critic.head.{n}", p) for n, p in head.named_parameters()]
+    return TorchCritic(
+        model=model,
+        head=head,
+        optimizer=build_optimizer([ParamGroup(named, optim.lr)], optim),
+        max_tokens=config.actor.ppo_max_token_len_per_gpu,
+        device=device,
+    )
+
+
+def build_optimizer(groups: list[ParamGroup], optim: OptimConfig) -> MasterAdamW:
+    return MasterAdamW(
+        groups,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        warmup_steps=optim.lr_warmup_steps,
+        max_grad_norm=optim.clip_grad,
     )

@@ -13,15 +13,16 @@ from rich.console import Console
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.checkpoint import latest_checkpoint
-from flowrl.config import Config, cache_dir, dump_config
+from flowrl.config import cache_dir, dump_config, is_megatron
 from flowrl.console import TrainingConsole
 from flowrl.files import write_whole
 from flowrl.interface import Policy
 from flowrl.metrics import MetricsWriter
 from flowrl.parts import Parts, build_torch
 from flowrl.policy.pretrained import load_tokenizer, resolve_model_path
-from flowrl.rewards import RewardPool
+from flowrl.rewards import RewardScorer
 from flowrl.rollout import RolloutEngine, SamplingParams
+from flowrl.settings import Config
 from flowrl.tasks import PromptSampler, Split, TokenizedPrompt, load_prompts, tokenize_prompts
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Run:
         return self.parts.engine
 
     @property
-    def rewards(self) -> RewardPool:
+    def rewards(self) -> RewardScorer:
         return self.parts.rewards
 
     def is_due(self, frequency: int) -> bool:
@@ -130,7 +131,7 @@ def load_split(
 
 def build_parts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> Parts:
     """What trains and samples: in this process, or in every process that torchrun started."""
-    if not config.is_megatron:
+    if not is_megatron(config):
         return build_torch(config, path, tokenizer)
     from flowrl.megatron_parts import build_megatron  # megatron-core is an extra
 

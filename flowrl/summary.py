@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowrl.checkpoint import latest_checkpoint
-from flowrl.config import Config, cache_dir
+from flowrl.config import cache_dir
 from flowrl.console import Example, print_start, print_summary
 from flowrl.doctor import implementation_for
 from flowrl.evaluate import Evaluation, load_evaluation, score_responses
@@ -17,6 +17,7 @@ from flowrl.policy.pretrained import load_tokenizer, resolve_model_path
 from flowrl.rewards import RewardPool
 from flowrl.rollout import Response
 from flowrl.run import Run, load_split
+from flowrl.settings import Config
 
 NUM_EXAMPLES = 3
 
@@ -24,19 +25,33 @@ NUM_EXAMPLES = 3
 def describe(config: Config) -> None:
     """Print what is about to run, on what, with which kernels."""
     device = resolve_device(config.trainer.device)
-    preset = resolve_flow(config.flow)
     head = implementation_for("linear_logprob_forward", device.type)
     print_start(
         {
             "model": f"{config.model.path} ({config.model.dtype})",
             "task": f"{config.data.task}, reward {config.reward.function}",
-            "objective": f"{config.algorithm.objective}, preset {config.flow.preset} "
-            f"(weighting {preset.weighting}, beta {config.flow.beta:g}, log Z {config.flow.log_z})",
+            "objective": describe_objective(config),
             "batch": f"{config.data.train_batch_size} prompts x {config.rollout.n} responses, "
             f"{config.trainer.total_training_steps} steps",
             "device": f"{device.type}, {torch.get_num_threads()} threads, head: {head}",
             "run directory": str(config.run_dir),
         }
+    )
+
+
+def describe_objective(config: Config) -> str:
+    """The objective with the settings that make it what it is, in one line."""
+    name, flow, actor = config.algorithm.objective, config.flow, config.actor
+    if name == "flow_balance":
+        weighting = resolve_flow(flow).weighting
+        return (
+            f"{name}, preset {flow.preset} (weighting {weighting}, beta {flow.beta:g}, "
+            f"log Z {flow.log_z})"
+        )
+    kl = f", KL loss {actor.kl_loss_coef:g}" if actor.use_kl_loss else ""
+    return (
+        f"{name}, {actor.loss_mode} ratio in [{1 - actor.clip_ratio_low:g}, "
+        f"{1 + actor.clip_ratio_high:g}], {actor.loss_agg_mode}{kl}"
     )
 
 

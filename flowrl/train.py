@@ -11,8 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowrl.baselines import (
+    baseline_metrics,
+    baseline_objective,
+    set_advantages,
+    value_objective,
+)
 from flowrl.batch import PackedBatch, Sample, pack
-from flowrl.config import Config
 from flowrl.diagnostics import (
     flow_metrics,
     mismatch_metrics,
@@ -21,13 +26,14 @@ from flowrl.diagnostics import (
     token_metrics,
 )
 from flowrl.evaluate import evaluate, save_evaluation, score_responses
-from flowrl.interface import Objective, TokenOutputs
+from flowrl.interface import MicroBatchResult, Objective, TokenOutputs
 from flowrl.metrics import Timer
 from flowrl.objectives.flow_balance import flow_balance_loss, vargrad_log_z
 from flowrl.parts import resolve_flow, step_seed
 from flowrl.rewards import RewardResult, group_normalize
 from flowrl.rollout import Response
 from flowrl.run import Interrupt, Run, save, start
+from flowrl.settings import Config
 from flowrl.tasks import TokenizedPrompt
 
 
@@ -76,18 +82,32 @@ def training_step(run: Run) -> dict[str, float]:
     )
     if config.flow.old_logprobs == "rollout":
         set_logprobs(samples, "old_logprobs", [torch.tensor(s.rollout_logprobs) for s in samples])
-    elif num_updates > 1 or config.flow.log_z == "vargrad":  # else the update's forward gives them
+    elif num_updates > 1 or needs_old_logprobs(config):  # else the update's forward gives them
         run.console.phase("old policy")
         with Timer("old_log_prob", timings):
             set_logprobs(samples, "old_logprobs", run.policy.logprobs(samples))
-    if config.flow.log_z == "vargrad":
-        set_vargrad_log_z(samples, config.flow.beta)
+
+    critic_metrics: dict[str, float] = {}
+    if config.algorithm.objective == "flow_balance":
+        objective = flow_objective(config)
+        if config.flow.log_z == "vargrad":
+            set_vargrad_log_z(samples, config.flow.beta)
+    else:
+        objective = baseline_objective(config)
+        if run.parts.critic is not None:
+            run.console.phase("critic")
+            with Timer("values", timings):
+                run.parts.critic.set_values(samples)
+        set_advantages(config, samples)
+        if run.parts.critic is not None:
+            with Timer("update_critic", timings):
+                critic_metrics = update_critic(run, samples)
 
     run.console.phase("updating")
     updates, grad_norms, num_skipped = [], [], 0
     with Timer("update_actor", timings):
         for mini_batch in mini_batches(run, samples):
-            updates.append(run.policy.accumulate_gradients(mini_batch, flow_objective(run)))
+            updates.append(run.policy.accumulate_gradients(mini_batch, objective))
             grad_norm, is_applied = run.policy.optimizer.step(run.step)
             grad_norms.append(grad_norm)
             num_skipped += not is_applied
@@ -97,9 +117,10 @@ def training_step(run: Run) -> dict[str, float]:
     run.step += 1
     return {
         **rollout_metrics(samples, texts, config.reward.correct_threshold),
-        **flow_metrics(chain(*updates), config.flow.beta),
+        **objective_metrics(config, list(chain(*updates))),
         **token_metrics(chain(*updates)),
         **mismatch_metrics(updates[0]),  # the first: the policy has not moved yet
+        **critic_metrics,
         **run.rewards.metrics(),
         "actor/grad_norm": sum(grad_norms) / len(grad_norms),
         "actor/skipped_updates": num_skipped,
@@ -154,9 +175,16 @@ def mini_batches(run: Run, samples: Sequence[Sample]) -> Iterator[Sequence[Sampl
             yield samples[first : first + size]
 
 
-def flow_objective(run: Run) -> Objective:
+def needs_old_logprobs(config: Config) -> bool:
+    """Whether something before the update reads the policy's log-probs."""
+    if config.algorithm.objective == "flow_balance":
+        return config.flow.log_z == "vargrad"
+    return config.algorithm.use_kl_in_reward
+
+
+def flow_objective(config: Config) -> Objective:
     """FlowRL's loss of one micro-batch, with the settings of this run."""
-    preset, beta = resolve_flow(run.config.flow), run.config.flow.beta
+    preset, beta = resolve_flow(config.flow), config.flow.beta
 
     def objective(batch: PackedBatch, outputs: TokenOutputs, log_z: Tensor | None):
         old_logprobs = batch.old_logprobs
@@ -176,6 +204,7 @@ def flow_objective(run: Run) -> Objective:
             clip_low=preset.clip_low,
             clip_high=preset.clip_high,
             weight_cap=preset.weight_cap,
+            reduce_sums=batch.reduce_sums,
         )
 
     return objective
@@ -196,6 +225,27 @@ def set_vargrad_log_z(samples: Sequence[Sample], beta: float) -> None:
     )
     for sample, estimate in zip(samples, estimates.tolist(), strict=True):
         sample.vargrad_log_z = estimate
+
+
+def update_critic(run: Run, samples: Sequence[Sample]) -> dict[str, float]:
+    """Train PPO's critic on the batch's returns, in the mini-batches of the policy."""
+    critic = run.parts.critic
+    assert critic is not None
+    losses, grad_norms = [], []
+    for mini_batch in mini_batches(run, samples):
+        losses.append(critic.accumulate_gradients(mini_batch, value_objective(run.config)))
+        grad_norms.append(critic.optimizer.step(run.step)[0])
+    return {
+        "critic/vf_loss": sum(losses) / len(losses),
+        "critic/grad_norm": sum(grad_norms) / len(grad_norms),
+    }
+
+
+def objective_metrics(config: Config, results: list[MicroBatchResult]) -> dict[str, float]:
+    """What the objective says about the step."""
+    if config.algorithm.objective == "flow_balance":
+        return flow_metrics(results, config.flow.beta)
+    return baseline_metrics(results)
 
 
 def judge(run: Run) -> dict[str, float]:

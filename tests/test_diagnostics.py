@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from flowrl.batch import Sample, pack
-from flowrl.config import FlowConfig
 from flowrl.diagnostics import (
     flow_metrics,
     mismatch_metrics,
@@ -30,6 +29,7 @@ from flowrl.intervals import Accuracy, bootstrap_interval
 from flowrl.objectives import ObjectiveOutput
 from flowrl.objectives.flow_balance import PRESETS
 from flowrl.parts import resolve_device, resolve_flow, step_seed
+from flowrl.settings import FlowConfig
 
 BETA = 15.0
 

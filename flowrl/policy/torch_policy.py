@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flowrl.batch import PackedBatch, Sample, pack, plan_micro_batches, response_values
+from flowrl.batch import Sample, micro_batches, response_values
 from flowrl.interface import MicroBatchResult, Objective, normalizer_count
 from flowrl.partition import PartitionNetwork, Pooling, pool_prompt_states
 from flowrl.policy.forward import forward_tokens, output_weight, token_logprobs
@@ -28,16 +28,6 @@ class TorchPolicy:
     drop_mass: float
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def _micro_batches(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], PackedBatch]]:
-        plan = plan_micro_batches(
-            [s.num_tokens for s in samples],
-            self.max_tokens,
-            group_ids=[s.group_id for s in samples],
-        )
-        for members in plan[0]:
-            if members:
-                yield members, pack([samples[i] for i in members], self.device)
-
     def logprobs(
         self, samples: Sequence[Sample], model: PreTrainedModel | None = None
     ) -> list[Tensor]:
@@ -45,7 +35,7 @@ class TorchPolicy:
         model = self.model if model is None else model
         model.eval()  # dropout would make these the log-probs of no policy
         results: list[Tensor] = [torch.empty(0)] * len(samples)
-        for members, batch in self._micro_batches(samples):
+        for members, batch in micro_batches(samples, self.max_tokens, self.device):
             values = response_values(batch, token_logprobs(model, batch, self.temperature))
             for i, value in zip(members, values, strict=True):
                 results[i] = value
@@ -61,7 +51,7 @@ class TorchPolicy:
         """
         self.model.train()
         results = []
-        for _, batch in self._micro_batches(samples):
+        for _, batch in micro_batches(samples, self.max_tokens, self.device):
             outputs = forward_tokens(
                 self.model,
                 batch,

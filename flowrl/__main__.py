@@ -1,0 +1,5 @@
+"""`python -m flowrl`, and so `torchrun -m flowrl`."""
+
+from flowrl.cli import main
+
+main()

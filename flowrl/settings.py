@@ -1,0 +1,341 @@
+"""Every setting of a run, with its default, its limits and its meaning.
+
+Names follow veRL where veRL has one. `flowrl.config` reads them from YAML and the command line.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Moment = Annotated[float, Field(ge=0, lt=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+BASELINES = ("grpo", "ppo", "reinforce_pp", "reinforce_pp_baseline")
+
+
+class Section(BaseModel):
+    """A part of the configuration that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataConfig(Section):
+    """Where prompts come from."""
+
+    task: str = Field("files", description="`files`, a built-in task, or `reasoning_gym/<name>`")
+    task_options: dict[str, Any] = Field({}, description="options of the task (docs/tasks.md)")
+    train_files: list[str] = Field([], description="parquet or jsonl files in veRL's schema")
+    val_files: list[str] = Field([], description="held-out files in the same schema")
+    train_batch_size: PositiveInt = Field(64, description="prompts per training step")
+    train_max_samples: PositiveInt | None = Field(None, description="cap on training prompts")
+    val_max_samples: PositiveInt | None = Field(256, description="cap on held-out prompts")
+    max_prompt_length: PositiveInt = Field(1024, description="prompt limit in tokens")
+    max_response_length: PositiveInt = Field(1024, description="response limit in tokens")
+    filter_overlong_prompts: bool = Field(True, description="drop prompts over the limit")
+    truncation: Literal["error", "left"] = Field(
+        "error", description="what happens to an overlong prompt that is not filtered"
+    )
+    chat_template: bool = Field(True, description="apply the tokenizer's chat template")
+    shuffle: bool = Field(True, description="draw training prompts in a seeded random order")
+
+
+class ModelConfig(Section):
+    """The pretrained policy."""
+
+    path: str = Field(description="HF folder or name, `builtin:smollm2-135m-instruct`, ...")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="compute dtype; bfloat16 keeps float32 master weights"
+    )
+    trust_remote_code: bool = Field(False, description="let the model folder run its own code")
+    enable_gradient_checkpointing: bool = Field(False, description="recompute activations")
+
+
+class RolloutConfig(Section):
+    """How responses are sampled."""
+
+    engine: Literal["transformers"] = Field("transformers", description="generation engine")
+    n: PositiveInt = Field(8, description="responses per prompt, the group size")
+    temperature: PositiveFloat = Field(1.0, description="sampling temperature")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus mass; 1: off")
+    top_k: int = Field(-1, ge=-1, description="keep the k likeliest tokens; -1: off")
+    stop: list[str] = Field([], description="strings that end a response (kept in it)")
+    max_num_seqs: PositiveInt = Field(256, description="sequences decoded together")
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: NonNegativeFloat = Field(1e-6, description="learning rate after warm-up")
+    betas: tuple[Moment, Moment] = Field((0.9, 0.999), description="AdamW moments")
+    weight_decay: NonNegativeFloat = Field(0.1, description="not applied to norms and biases")
+    lr_warmup_steps: NonNegativeInt = Field(10, description="linear warm-up, in training steps")
+    clip_grad: PositiveFloat = Field(1.0, description="global gradient norm limit")
+
+
+class ActorConfig(Section):
+    """How the policy is updated."""
+
+    strategy: Literal["auto", "torch", "megatron"] = Field(
+        "auto",
+        description="torch: one process; megatron: many; auto: megatron under torchrun or when a "
+        "size in `parallel` exceeds 1",
+    )
+    ppo_mini_batch_size: PositiveInt = Field(64, description="prompts per optimiser step")
+    ppo_epochs: PositiveInt = Field(1, description="passes over each batch of rollouts")
+    ppo_max_token_len_per_gpu: PositiveInt = Field(
+        16384, description="strict cap on the packed tokens of one micro-batch"
+    )
+    drop_mass: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="softmax mass the head's backward may leave out; 0: exact"
+    )
+    clip_ratio_low: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.2, description="baselines: the ratio's lower bound is 1 - clip_ratio_low"
+    )
+    clip_ratio_high: NonNegativeFloat = Field(
+        0.2, description="baselines: the ratio's upper bound is 1 + clip_ratio_high"
+    )
+    clip_ratio_c: Annotated[float, Field(gt=1)] | None = Field(
+        3.0, description="baselines: dual clip of negative advantages; null: off"
+    )
+    loss_mode: Literal["vanilla", "gspo"] = Field(
+        "vanilla", description="grpo: ratio of each token, or of the sequence as in GSPO"
+    )
+    loss_agg_mode: Literal[
+        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+    ] = Field("token-mean", description="baselines: how token losses become one (docs/objectives)")
+    loss_scale_factor: PositiveFloat | None = Field(
+        None, description="seq-mean-token-sum-norm: its constant; unset: data.max_response_length"
+    )
+    use_kl_loss: bool = Field(False, description="baselines: add a KL to the reference to the loss")
+    kl_loss_coef: NonNegativeFloat = Field(0.001, description="its coefficient (low_var_kl)")
+    entropy_coeff: float = Field(
+        0.0, allow_inf_nan=False, description="baselines: weight of the entropy bonus"
+    )
+    optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
+
+
+class ParallelConfig(Section):
+    """How Megatron spreads the policy; the ranks that are left over are data parallel."""
+
+    tensor_model_parallel_size: PositiveInt = Field(1, description="ranks that share a layer")
+    pipeline_model_parallel_size: PositiveInt = Field(1, description="stages of layers")
+    virtual_pipeline_model_parallel_size: PositiveInt = Field(
+        1, description="interleaved chunks per stage"
+    )
+    context_parallel_size: PositiveInt = Field(1, description="ranks that share a sequence")
+    expert_model_parallel_size: PositiveInt = Field(1, description="ranks that share the experts")
+    sequence_parallel: bool = Field(
+        False, description="spread norms and activations over the tensor-parallel ranks as well"
+    )
+    use_distributed_optimizer: bool = Field(
+        True, description="spread the optimiser's state over data-parallel ranks"
+    )
+    overlap_grad_reduce: bool = Field(True, description="reduce gradients during the backward")
+    timeout_minutes: PositiveInt = Field(
+        30, description="how long a rank waits for the others before the job stops"
+    )
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one copy of the policy."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
+
+class RefConfig(Section):
+    """The frozen reference policy."""
+
+    offload: bool = Field(False, description="keep the reference on the CPU between uses")
+
+
+class FlowConfig(Section):
+    """The FlowRL objective (arXiv 2509.15207, Eq. 6)."""
+
+    preset: Literal["paper", "original", "recipe", "cispo"] = Field(
+        "paper", description="published variant; the keys below override it when set"
+    )
+    beta: PositiveFloat = Field(15.0, description="reward coefficient; tilt is beta*|y| nats")
+    weighting: Literal["clip", "raw", "cap", "one", "cispo"] | None = Field(
+        None, description="what becomes of the importance weight S; unset: the preset's"
+    )
+    clip_low: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="`clip` and `cispo`: lower bound 1 - clip_low; unset: the preset's"
+    )
+    clip_high: NonNegativeFloat | None = Field(
+        None, description="`clip` and `cispo`: upper bound 1 + clip_high; unset: the preset's"
+    )
+    weight_cap: PositiveFloat | None = Field(
+        None, description="`cap`: upper bound of S; unset: the preset's"
+    )
+    log_z: Literal["network", "vargrad", "none"] = Field(
+        "network", description="where log Z(x) comes from"
+    )
+    z_num_layers: PositiveInt = Field(3, description="linear layers of the partition network")
+    z_pooling: Literal["all", "without_last"] | None = Field(
+        None, description="prompt tokens whose mean feeds Z; unset: the preset's"
+    )
+    z_dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="dropout inside Z; unset: the preset's"
+    )
+    z_detach: bool | None = Field(
+        None, description="stop Z's gradient at the hidden states; unset: the preset's"
+    )
+    z_lr: NonNegativeFloat | None = Field(None, description="Z's own learning rate; unset: lr")
+    old_logprobs: Literal["policy", "rollout"] = Field(
+        "policy",
+        description="whose log-probs the weight divides by: the policy's before the update, or the "
+        "rollout engine's, which saves their pass and admits top_p and top_k",
+    )
+
+
+class CriticConfig(Section):
+    """PPO's critic: a copy of the policy's model with a value head."""
+
+    cliprange_value: PositiveFloat = Field(0.5, description="how far a value may move per batch")
+    optim: OptimConfig = OptimConfig(lr=1e-5)  # pyright: ignore[reportCallIssue]
+
+
+class AlgorithmConfig(Section):
+    """Which objective is optimised."""
+
+    objective: Literal["flow_balance", "grpo", "ppo", "reinforce_pp", "reinforce_pp_baseline"] = (
+        Field("flow_balance", description="the loss and, with it, the advantage (docs/objectives)")
+    )
+    unbiased_std: bool = Field(True, description="ddof of the group's standard deviation")
+    norm_adv_by_std_in_grpo: bool = Field(
+        True, description="grpo: divide by the group's standard deviation; false: Dr. GRPO"
+    )
+    gamma: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="ppo, reinforce_pp: discount per token"
+    )
+    lam: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="ppo: lambda of GAE")
+    use_kl_in_reward: bool = Field(
+        False, description="ppo, reinforce_pp: take a KL to the reference off every token's reward"
+    )
+    kl_coef: NonNegativeFloat = Field(0.001, description="its coefficient")
+
+
+class RewardConfig(Section):
+    """Who scores the responses."""
+
+    function: str = Field("auto", description="a built-in name or `path/to/file.py:function`")
+    num_workers: PositiveInt = Field(2, description="worker processes")
+    timeout_s: PositiveFloat = Field(10.0, description="hard limit per response, seconds")
+    failure_score: float = Field(0.0, allow_inf_nan=False, description="score of a failure")
+    correct_threshold: float = Field(
+        1.0, allow_inf_nan=False, description="scores from here on count as correct"
+    )
+
+
+class ValidationConfig(Section):
+    """How held-out prompts are judged."""
+
+    n: PositiveInt = Field(4, description="samples per held-out prompt (avg@n)")
+    temperature: PositiveFloat | None = Field(None, description="unset: the rollout's")
+    greedy: bool = Field(True, description="also decode greedily")
+
+
+class TrainerConfig(Section):
+    """The run itself."""
+
+    total_training_steps: PositiveInt = Field(100, description="batches of rollouts to train on")
+    seed: NonNegativeInt = Field(0, description="of sampling, prompt order, Z and its dropout")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: the first GPU, else the CPU"
+    )
+    num_threads: PositiveInt | None = Field(None, description="CPU threads; unset: torch's")
+    project_name: str = Field("flowrl", description="project of the wandb logger")
+    experiment_name: str = Field("run", description="name of the run and of its directory")
+    default_local_dir: str | None = Field(None, description="unset: `runs/<experiment_name>`")
+    save_freq: int = Field(-1, ge=-1, description="steps between checkpoints; -1: at the end")
+    test_freq: int = Field(-1, ge=-1, description="steps between evaluations; -1: start and end")
+    val_before_train: bool = Field(True, description="evaluate before the first step")
+    max_actor_ckpt_to_keep: PositiveInt = Field(2, description="older checkpoints are deleted")
+    resume_mode: Literal["auto", "disable"] = Field(
+        "auto", description="auto: continue from the run directory's last checkpoint"
+    )
+    logger: list[Literal["console", "jsonl", "tensorboard", "wandb"]] = Field(
+        ["console", "jsonl", "tensorboard"], description="where metrics go"
+    )
+
+
+class Config(Section):
+    """A whole training run."""
+
+    data: DataConfig = DataConfig()  # pyright: ignore[reportCallIssue]
+    model: ModelConfig
+    rollout: RolloutConfig = RolloutConfig()  # pyright: ignore[reportCallIssue]
+    actor: ActorConfig = ActorConfig()  # pyright: ignore[reportCallIssue]
+    parallel: ParallelConfig = ParallelConfig()  # pyright: ignore[reportCallIssue]
+    critic: CriticConfig = CriticConfig()  # pyright: ignore[reportCallIssue]
+    ref: RefConfig = RefConfig()  # pyright: ignore[reportCallIssue]
+    flow: FlowConfig = FlowConfig()  # pyright: ignore[reportCallIssue]
+    algorithm: AlgorithmConfig = AlgorithmConfig()  # pyright: ignore[reportCallIssue]
+    reward: RewardConfig = RewardConfig()  # pyright: ignore[reportCallIssue]
+    validation: ValidationConfig = ValidationConfig()  # pyright: ignore[reportCallIssue]
+    trainer: TrainerConfig = TrainerConfig()  # pyright: ignore[reportCallIssue]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        data, actor, rollout = self.data, self.actor, self.rollout
+        longest = data.max_prompt_length + data.max_response_length
+        if longest > actor.ppo_max_token_len_per_gpu:
+            raise ValueError(
+                f"data.max_prompt_length + data.max_response_length = {longest} exceeds "
+                f"actor.ppo_max_token_len_per_gpu = {actor.ppo_max_token_len_per_gpu}; a sequence "
+                "is never split, so raise the cap or shorten the limits"
+            )
+        if rollout.max_num_seqs < rollout.n:
+            raise ValueError(
+                f"rollout.max_num_seqs = {rollout.max_num_seqs} is below rollout.n = {rollout.n}; "
+                "the responses to one prompt are decoded together, so raise it"
+            )
+        if data.train_batch_size % actor.ppo_mini_batch_size != 0:
+            raise ValueError(
+                f"data.train_batch_size = {data.train_batch_size} is not a multiple of "
+                f"actor.ppo_mini_batch_size = {actor.ppo_mini_batch_size}"
+            )
+        if data.task == "files" and not data.train_files:
+            raise ValueError("data.train_files is empty: name a file, or choose data.task")
+        truncated = rollout.top_p < 1 or rollout.top_k > 0
+        if truncated and self.flow.old_logprobs != "rollout":
+            raise ValueError(
+                f"rollout.top_p = {rollout.top_p}, rollout.top_k = {rollout.top_k}: the weight "
+                "must divide by the truncated distribution that was sampled from; use top_p=1 "
+                "top_k=-1, or flow.old_logprobs=rollout"
+            )
+        self._refuse_idle_settings()
+        if actor.strategy == "torch" and self.parallel.model_size > 1:
+            raise ValueError(
+                f"actor.strategy = torch runs in one process, but `parallel` asks for "
+                f"{self.parallel.model_size}; use actor.strategy=megatron under torchrun"
+            )
+        return self
+
+    def _refuse_idle_settings(self) -> None:
+        """Refuse settings that the chosen objective would silently ignore."""
+        objective, actor, algorithm = self.algorithm.objective, self.actor, self.algorithm
+        readers = [
+            ("actor.use_kl_loss", actor.use_kl_loss, BASELINES),
+            ("actor.entropy_coeff", actor.entropy_coeff, BASELINES),
+            ("actor.loss_mode", actor.loss_mode != "vanilla" and actor.loss_mode, ("grpo",)),
+            ("algorithm.use_kl_in_reward", algorithm.use_kl_in_reward, ("ppo", "reinforce_pp")),
+        ]
+        for key, value, objectives in readers:
+            if value and objective not in objectives:
+                raise ValueError(
+                    f"{key} = {value} has no effect on algorithm.objective = {objective}; it is "
+                    f"for {', '.join(objectives)}"
+                )
+
+    @property
+    def run_dir(self) -> Path:
+        """The directory that receives everything this run writes."""
+        return Path(self.trainer.default_local_dir or f"runs/{self.trainer.experiment_name}")
