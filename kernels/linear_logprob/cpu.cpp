@@ -3,7 +3,6 @@
 // processor has instructions for it and in float32 otherwise; see cpu_blocks.h. Shapes, dtypes and
 // scalars are checked by the public Python function.
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -22,7 +21,7 @@ using ForwardSignature = ForwardResult(const Tensor&, const Tensor&, const Tenso
 using BackwardSignature = std::tuple<Tensor, Tensor>(
     const Tensor&, const Tensor&, const Tensor&, int64_t, double, const Tensor&, const Tensor&,
     const Tensor&, const Tensor&, const OptTensor&, double, const OptTensor&, int64_t,
-    const OptTensor&, const OptTensor&, const OptTensor&, bool);
+    const OptTensor&, const OptTensor&, const OptTensor&, bool, std::optional<at::ScalarType>);
 
 // float64 has no kernel here: blocks of float32 would narrow it, and it serves only as an oracle.
 template <typename Signature>
@@ -51,7 +50,7 @@ ForwardResult forward_of(const Tensor& hidden, const Tensor& weight, const Tenso
     if (targets[t] != ignore_index) index.push_back(t);
   }
   const int64_t width = round_up(hidden.size(1), kLanes);
-  WeightSlices<T> slices(weight, width, Backward<T>::slice_tiles());
+  WeightSlices<T> slices(weight, width);
   const int64_t num_tiles = slices.num_tiles();
   const auto options = hidden.options().dtype(at::kFloat);
   Tensor lse = at::zeros({num_rows}, options), target_logit = at::zeros({num_rows}, options);
@@ -117,9 +116,8 @@ ForwardResult forward(const Tensor& hidden, const Tensor& weight, const Tensor& 
   refuse_kept_logits(kept_logits);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto run = uses_bfloat16(hidden) ? forward_of<BFloat16> : forward_of<float>;
-  // Detached, since other threads, which copy parts of them, do not know of this autograd guard.
-  return run(hidden.detach(), weight.detach(), target, vocab_start,
-             static_cast<float>(temperature), ignore_index, entropy);
+  return run(hidden, weight, target, vocab_start, static_cast<float>(temperature), ignore_index,
+             entropy);
 }
 
 struct BackwardInputs {
@@ -165,23 +163,22 @@ RowGradients row_gradients(const BackwardInputs& in, const Rows<T>& rows) {
   return out;
 }
 
-// Selects the pairs of rows [begin, end) and takes the cheaper of the two paths.
+// Selects the pairs and takes the cheaper of the two paths.
 template <typename T>
-void backward_with_drop(const BackwardInputs& in, Backward<T>& work, int64_t begin, int64_t end,
-                        float* dropped_mass, std::optional<Scratch<T>>& transposed) {
+void backward_with_drop(const BackwardInputs& in, Backward<T>& work, float* dropped_mass) {
   const auto& rows = work.rows;
-  const int64_t num_tiles = work.weight.num_tiles(), real = std::min(end, rows.count) - begin;
-  std::vector<uint8_t> keep(static_cast<size_t>((end - begin) * num_tiles), 0);
-  at::parallel_for(0, real, 16, [&](int64_t first, int64_t last) {
+  const int64_t num_tiles = work.weight.num_tiles();
+  std::vector<uint8_t> keep(static_cast<size_t>(rows.padded * num_tiles), 0);
+  at::parallel_for(0, rows.count, 16, [&](int64_t first, int64_t last) {
     std::vector<float> mass(static_cast<size_t>(num_tiles));
     std::vector<std::pair<float, int32_t>> order;
     for (int64_t i = first; i < last; ++i) {
-      const int64_t t = rows.index[begin + i], target = work.gradients.target[begin + i];
+      const int64_t t = rows.index[i], target = work.gradients.target[i];
       const bool is_here = target >= 0 && target < work.vocab_size;
       const float* logprob = optional_floats(in.logprob);
       const float dropped = select_tiles(
           in.tile_lse.const_data_ptr<float>() + t * num_tiles, num_tiles,
-          work.gradients.lse[begin + i], logprob ? logprob + t : nullptr,
+          work.gradients.lse[i], logprob ? logprob + t : nullptr,
           is_here ? target / kTile : -1, in.drop_mass, mass.data(), order,
           keep.data() + i * num_tiles);
       if (dropped_mass) dropped_mass[t] = dropped;
@@ -189,23 +186,23 @@ void backward_with_drop(const BackwardInputs& in, Backward<T>& work, int64_t beg
   });
   typename Backward<T>::Pairs pairs;
   pairs.start.assign(static_cast<size_t>(num_tiles + 1), 0);
-  for (int64_t i = 0; i < real; ++i) {
+  for (int64_t i = 0; i < rows.count; ++i) {
     for (int64_t j = 0; j < num_tiles; ++j) pairs.start[j + 1] += keep[i * num_tiles + j];
   }
   std::partial_sum(pairs.start.begin(), pairs.start.end(), pairs.start.begin());
-  const auto num_pairs = static_cast<double>(pairs.start.back());
-  if (num_pairs > kDenseShare * static_cast<double>(real * num_tiles)) {
-    if (!transposed) transposed = transposed_blocks(rows);
-    return work.exact(*transposed, begin, end, keep.data());
+  int64_t num_padded = 0;
+  for (int64_t j = 0; j < num_tiles; ++j) num_padded += pairs.padded(j);
+  if (static_cast<double>(num_padded) > kDenseShare * static_cast<double>(keep.size())) {
+    return work.exact(keep.data());
   }
   pairs.list.resize(static_cast<size_t>(pairs.start.back()));
   auto next = pairs.start;
-  for (int64_t i = 0; i < real; ++i) {
+  for (int64_t i = 0; i < rows.count; ++i) {
     for (int64_t j = 0; j < num_tiles; ++j) {
       if (keep[i * num_tiles + j]) pairs.list[next[j]++] = static_cast<int32_t>(i);
     }
   }
-  work.sparse(begin, pairs);
+  work.sparse(pairs);
 }
 
 template <typename T>
@@ -213,24 +210,18 @@ Tensor backward_of(const BackwardInputs& in, const WeightGrad& weight_grad, floa
   const Rows<T> rows(in.hidden, live_rows(in));
   Tensor grad_hidden = at::zeros(in.hidden.sizes(), in.hidden.options().dtype(at::kFloat));
   if (rows.count == 0) {
-    for (int64_t v = 0; weight_grad.data && v < in.weight.size(0); v += kTile) {
-      weight_grad.clear(v / kTile);
-    }
+    weight_grad.clear();
     return grad_hidden;
   }
   Tensor padded_grad =
       rows.is_whole ? grad_hidden : at::zeros({rows.padded, rows.width}, at::kFloat);
-  WeightSlices<T> slices(in.weight, rows.width, Backward<T>::slice_tiles());
+  WeightSlices<T> slices(in.weight, rows.width);
   Backward<T> work{rows, slices, in.weight.size(0), 1 / in.temperature, row_gradients(in, rows),
                    weight_grad, padded_grad.mutable_data_ptr<float>()};
   if (in.drop_mass > 0 && !in.grad_entropy) {
-    std::optional<Scratch<T>> transposed;  // made when a range of rows is dense
-    for (int64_t begin = 0; begin < rows.padded; begin += kRowLists) {
-      const int64_t end = std::min(rows.padded, begin + kRowLists);
-      backward_with_drop<T>(in, work, begin, end, dropped_mass, transposed);
-    }
+    backward_with_drop<T>(in, work, dropped_mass);
   } else {
-    work.exact(transposed_blocks(rows), 0, rows.padded, nullptr);
+    work.exact(nullptr);
   }
   if (rows.is_whole) return grad_hidden;
   const float* from = padded_grad.const_data_ptr<float>();
@@ -247,12 +238,13 @@ std::tuple<Tensor, Tensor> backward(
     double temperature, const Tensor& lse, const Tensor& mean_logit, const Tensor& tile_lse,
     const Tensor& grad_logprob, const OptTensor& grad_entropy, double drop_mass,
     const OptTensor& logprob, int64_t ignore_index, const OptTensor& dropped_mass,
-    const OptTensor& weight_grad, const OptTensor& kept_logits, bool needs_grad_weight) {
+    const OptTensor& weight_grad, const OptTensor& kept_logits, bool needs_grad_weight,
+    std::optional<at::ScalarType> grad_weight_dtype) {
   if (hidden.scalar_type() == at::kDouble) {
     return reference<BackwardSignature>("flowrl::linear_logprob_backward_reference")
         .call(hidden, weight, target, vocab_start, temperature, lse, mean_logit, tile_lse,
               grad_logprob, grad_entropy, drop_mass, logprob, ignore_index, dropped_mass,
-              weight_grad, kept_logits, needs_grad_weight);
+              weight_grad, kept_logits, needs_grad_weight, grad_weight_dtype);
   }
   refuse_kept_logits(kept_logits);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -260,27 +252,21 @@ std::tuple<Tensor, Tensor> backward(
   const auto optional = [&](const OptTensor& tensor) {
     return tensor ? OptTensor(floats(*tensor)) : std::nullopt;
   };
-  const BackwardInputs inputs{hidden.detach(), weight.detach(), target.contiguous(), floats(lse),
+  const BackwardInputs inputs{hidden, weight, target.contiguous(), floats(lse),
                               floats(mean_logit), floats(tile_lse), floats(grad_logprob),
                               optional(grad_entropy), optional(logprob), vocab_start, ignore_index,
                               static_cast<float>(temperature), drop_mass};
   const bool has_result = needs_grad_weight && !weight_grad;
   const auto options = hidden.options().dtype(at::kFloat);
-  Tensor grad_weight = at::empty({has_result ? weight.size(0) : 0, weight.size(1)}, options);
-  // A buffer with gaps or of another dtype takes the sum of one of ours at the end.
-  const bool adds_in_place = weight_grad && weight_grad->is_contiguous() &&
-                             weight_grad->scalar_type() == at::kFloat;
-  Tensor accumulator = !weight_grad    ? grad_weight
-                       : adds_in_place ? *weight_grad
-                                       : at::empty(weight.sizes(), options);
-  const bool is_wanted = has_result || weight_grad;
-  const WeightGrad to{is_wanted ? accumulator.mutable_data_ptr<float>() : nullptr, weight.size(0),
-                      weight.size(1), adds_in_place};
+  Tensor grad_weight = at::empty({has_result ? weight.size(0) : 0, weight.size(1)},
+                                 options.dtype(grad_weight_dtype.value_or(at::kFloat)));
+  const Tensor unwanted;
+  const WeightGrad to(weight_grad ? *weight_grad : has_result ? grad_weight : unwanted,
+                      weight_grad.has_value());
   Tensor dropped = at::zeros({dropped_mass ? hidden.size(0) : 0}, options);
   float* dropped_data = dropped_mass ? dropped.mutable_data_ptr<float>() : nullptr;
   const auto run = uses_bfloat16(hidden) ? backward_of<BFloat16> : backward_of<float>;
   Tensor grad_hidden = run(inputs, to, dropped_data);
-  if (weight_grad && !adds_in_place) weight_grad->add_(accumulator);
   if (dropped_mass) dropped_mass->copy_(dropped);
   return {grad_hidden, grad_weight};
 }

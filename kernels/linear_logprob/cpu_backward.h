@@ -17,9 +17,9 @@ constexpr int64_t kRowChunk = 1024;   // rows whose logit gradients exist at a t
 constexpr int64_t kSkew = 32;  // rows a power of two apart would share few lines of the cache
 constexpr int64_t kPairChunk = 256;   // rows of one gathered product, sparse path
 constexpr int64_t kPairRound = 32;    // their number is padded to this
-constexpr int64_t kRowLists = 4096;   // rows that lists of kept pairs are made for at a time
-constexpr int64_t kPairPool = 8192;   // pairs whose logit gradients exist at a time; >= kRowLists
-// Above this share of kept pairs the exact path, with the others masked, costs less than gathering.
+constexpr int64_t kPairPool = 8192;   // pairs whose logit gradients exist at a time, or one tile's
+// Above this share of pairs, padding included, the exact path with a mask takes over. Gathering
+// took 0.59 of its time at a share of 0.55 and 0.87 at 0.79, in float32.
 constexpr double kDenseShare = 0.7;
 constexpr float kMassSlack = 1 + 0x1p-13f;  // as in reference.py
 constexpr float kLeastMass = 0x1p-124f;     // tile_masses flushes what is smaller
@@ -35,15 +35,13 @@ struct Backward {
   WeightGrad weight_grad;
   float* grad_hidden;  // [rows.padded, rows.width], zero at the start
 
-  // Tiles of a slice: some for each thread, bounded so that memory is.
-  static int64_t slice_tiles() { return std::max<int64_t>(6, 2 * at::get_num_threads()); }
   int64_t tile_width(int64_t tile) const { return std::min(kTile, vocab_size - tile * kTile); }
 
   // One vocabulary slice and one chunk of rows. Its gradient tasks, one a tile, write the gradients
   // of the logits and of the weight; its product tasks, one a row block, turn the former into the
   // gradient of the hidden states.
   struct Step {
-    int64_t tile, count, chunk, size;
+    int64_t tile, count, chunk, size, buffer;
     const T* slice;  // [count * kTile, width], the copy of it if `is_copied`
     T *copied, *packed, *by_row;
     bool is_copied;
@@ -52,15 +50,18 @@ struct Backward {
     int64_t ld() const { return count * kTile + kSkew; }
   };
 
-  // keep [rows of the range, num_tiles] marks the pairs to compute, nullptr all of them.
-  void exact(const Scratch<T>& transposed, int64_t begin, int64_t end, const uint8_t* keep) {
-    const int64_t width = rows.width, limit = slice_tiles(), num_tiles = weight.num_tiles();
-    const int64_t chunk_rows = std::min(kRowChunk, end - begin), workers = at::get_num_threads();
+  // keep [rows.padded, num_tiles] marks the pairs to compute, nullptr all of them.
+  void exact(const uint8_t* keep) {
+    const int64_t width = rows.width, num_tiles = weight.num_tiles();
+    const int64_t chunk_rows = std::min(kRowChunk, rows.padded), workers = at::get_num_threads();
+    // Tiles of a slice: memory grows with them and time does not fall, measured from 3 to 12.
+    const int64_t limit = std::max<int64_t>(3, workers + 1);
+    const auto transposed = transposed_blocks(rows);
     std::vector<std::pair<int64_t, int64_t>> slices;
     for (int64_t tile = 0; tile < num_tiles; tile += slices.back().second) {
       slices.emplace_back(tile, weight.run(tile, limit));
     }
-    const int64_t num_chunks = (end - begin + kRowChunk - 1) / kRowChunk;
+    const int64_t num_chunks = (rows.padded + kRowChunk - 1) / kRowChunk;
     const auto num_slices = static_cast<int64_t>(slices.size());
     // Two of each, so that the products of one step can overlap the gradients of the next.
     Scratch<T> by_row(chunk_rows * (limit * kTile + kSkew), 2);
@@ -68,34 +69,38 @@ struct Backward {
     Scratch<T> copied(weight.is_direct(0, num_tiles) ? 0 : limit * kTile * width, 2);
     std::vector<Step> steps(static_cast<size_t>(num_slices * num_chunks));
     for (int64_t s = 0; s < num_slices * num_chunks; ++s) {
-      const int64_t i = s / num_chunks, chunk = begin + s % num_chunks * kRowChunk;
+      const int64_t i = s / num_chunks;
       Step& step = steps[s];
       std::tie(step.tile, step.count) = slices[i];
-      step.chunk = chunk;
-      step.size = std::min(kRowChunk, end - chunk);
+      step.chunk = s % num_chunks * kRowChunk;
+      step.size = std::min(kRowChunk, rows.padded - step.chunk);
+      step.buffer = i % 2;
       step.is_copied = !weight.is_direct(step.tile, step.count);
-      step.copied = copied.get(i % 2);
+      step.copied = copied.get(step.buffer);
       step.slice = step.is_copied ? step.copied : weight.direct(step.tile);
-      step.packed = packed.get(i % 2);
+      step.packed = packed.get(step.buffer);
       step.by_row = by_row.get(s % 2);
     }
     // Interleaved once for all slices; a chunk of rows is the inner dimension of its products.
-    Scratch<T> packed_rows(is_narrow<T> && weight_grad.data ? (end - begin) * width : 0);
-    if (weight_grad.data) {
-      for_each_task((end - begin) / kLanes, [&](int64_t b, int64_t) {
+    Scratch<T> packed_rows(is_narrow<T> && weight_grad.is_wanted() ? rows.padded * width : 0);
+    if (weight_grad.is_wanted()) {
+      for_each_task(rows.padded / kLanes, [&](int64_t b, int64_t) {
         const int64_t chunk = b * kLanes / kRowChunk * kRowChunk;
-        pack_panels(rows.row(begin + chunk), b * kLanes - chunk, kLanes,
-                    std::min(kRowChunk, end - begin - chunk), width,
+        pack_panels(rows.row(chunk), b * kLanes - chunk, kLanes,
+                    std::min(kRowChunk, rows.padded - chunk), width,
                     packed_rows.get() + chunk * width);
       });
     }
     Scratch<T> by_entry(kTile * (chunk_rows + kSkew), workers);
-    Scratch<float> logits(2 * kTile * kLanes, workers), block(kTile * width, workers);
+    Scratch<float> logits(2 * kTile * kLanes, workers);
+    // A gradient of the weight that products cannot write directly stays in its block from the
+    // first chunk of rows to the last.
+    Scratch<float> block(kTile * width, num_chunks == 1 ? workers : 2 * limit);
 
     const auto gradient_task = [&](Step& step, int64_t j, int64_t worker) {
       const int64_t tile = step.tile + j, size = step.size, ld_entry = size + kSkew;
       const T* plain = step.slice + j * kTile * width;
-      if (step.chunk == begin) {
+      if (step.chunk == 0) {
         if (step.is_copied) weight.copy(tile, step.copied + j * kTile * width);
         pack_panels(step.slice, j * kTile, kTile, step.count * kTile, width, step.packed);
       }
@@ -107,16 +112,17 @@ struct Backward {
         Lanes lanes;
         for (int64_t r = 0; r < kLanes; ++r) {
           const int64_t row = step.chunk + b + r;
-          gradients.load(lanes, r, row, tile, !keep || keep[(row - begin) * num_tiles + tile]);
+          gradients.load(lanes, r, row, tile, !keep || keep[row * num_tiles + tile]);
         }
         grad_block(z, tile_width(tile), kLanes, scale, gradients.has_entropy, lanes, entries + b,
                    ld_entry, step.by_row + b * step.ld() + j * kTile, step.ld(),
                    z + kTile * kLanes);
       }
-      if (!weight_grad.data) return;
-      const auto panels = make_panels(packed_rows.get() + (step.chunk - begin) * width,
-                                      rows.row(step.chunk), size, width);
-      weight_grad.update(tile, step.chunk == 0, width, block.get(worker),
+      if (!weight_grad.is_wanted()) return;
+      const auto panels = make_panels(packed_rows.get() + step.chunk * width, rows.row(step.chunk),
+                                      size, width);
+      float* sums = block.get(num_chunks == 1 ? worker : step.buffer * limit + j);
+      weight_grad.update(tile, step.chunk == 0, step.chunk + size == rows.padded, width, sums,
                          [&](float* to, int64_t ld_to, bool add) {
                            for (int64_t p = 0; p < width / kLanes; ++p) {
                              multiply(kTile, kLanes, size, entries, ld_entry, panels.panel(p),
@@ -132,7 +138,7 @@ struct Backward {
                  step.ld(), panels.panel(p), panels.ld, to + p * kLanes, width, step.tile > 0);
       }
     };
-    run_steps(steps, begin, gradient_task, product_task);
+    run_steps(steps, gradient_task, product_task);
   }
 
   // Gradients of step 0, of step 1, products of step 0, gradients of step 2, products of step 1 and
@@ -140,7 +146,7 @@ struct Backward {
   // which was handed out before it. With a barrier after every phase instead, threads that share
   // their cores with other programs spent 40 % of the time waiting.
   template <typename Gradient, typename Product>
-  static void run_steps(std::vector<Step>& steps, int64_t begin, const Gradient& gradient_task,
+  static void run_steps(std::vector<Step>& steps, const Gradient& gradient_task,
                         const Product& product_task) {
     const auto num_steps = static_cast<int64_t>(steps.size());
     std::vector<int64_t> start{0};  // of phase 2 s, the gradients of step s, and of 2 s + 1, the
@@ -163,7 +169,7 @@ struct Backward {
         const Done done{step.gradients_done};
         // The buffers of step s - 2 are used again, and chunks of one slice add up in order.
         if (s > 1) wait(steps[s - 2].products_done, steps[s - 2].num_blocks());
-        if (step.chunk > begin) wait(steps[s - 1].gradients_done, steps[s - 1].count);
+        if (step.chunk > 0) wait(steps[s - 1].gradients_done, steps[s - 1].count);
         gradient_task(step, task - start[phase], worker);
       } else {
         const Done done{step.products_done};
@@ -178,15 +184,16 @@ struct Backward {
   struct Pairs {
     std::vector<int64_t> start;
     std::vector<int32_t> list;
+    int64_t padded(int64_t tile) const {
+      return round_up(start[tile + 1] - start[tile], kPairRound);
+    }
   };
 
-  void sparse(int64_t begin, const Pairs& pairs) {
+  void sparse(const Pairs& pairs) {
     const int64_t width = rows.width, num_tiles = weight.num_tiles();
     const int64_t workers = at::get_num_threads();
-    const auto num_padded = [&](int64_t tile) {
-      return round_up(pairs.start[tile + 1] - pairs.start[tile], kPairRound);
-    };
-    Scratch<T> by_row(kPairPool * kTile), by_entry(kTile * kPairChunk, workers);
+    const int64_t pool = std::max(kPairPool, rows.padded);
+    Scratch<T> by_row(pool * kTile), by_entry(kTile * kPairChunk, workers);
     Scratch<T> gathered(kPairChunk * width, workers), operand(kPairChunk * width, workers);
     Scratch<float> logits(2 * kTile * kLanes, workers), block(kTile * width, workers);
     Scratch<T> packed_weight(is_narrow<T> ? kTile * kLanes : 0, workers);
@@ -194,29 +201,29 @@ struct Backward {
     for (int64_t tile = 0, count; tile < num_tiles; tile += count) {
       std::vector<int64_t> offset{0};  // of each tile in the pool of pairs
       for (count = 0; count < weight.run(tile, num_tiles); ++count) {
-        const int64_t next = offset.back() + num_padded(tile + count);
-        if (next > kPairPool) break;
+        const int64_t next = offset.back() + pairs.padded(tile + count);
+        if (next > pool) break;
         offset.push_back(next);
       }
       const T* slice = weight.get(tile, count);
       for_each_task(count, [&](int64_t j, int64_t worker) {
         const int64_t first = pairs.start[tile + j], num = pairs.start[tile + j + 1] - first;
-        if (num == 0 && begin == 0 && weight_grad.data) weight_grad.clear(tile + j);
+        if (num == 0 && weight_grad.is_wanted()) weight_grad.clear(tile + j);
         for (int64_t done = 0; done < num; done += kPairChunk) {
           const int32_t* list = pairs.list.data() + first + done;
           const int64_t real = std::min(kPairChunk, num - done), size = round_up(real, kPairRound);
           T* from = gathered.get(worker);
           for (int64_t i = 0; i < real; ++i) {
-            std::memcpy(from + i * width, rows.row(begin + list[i]), width * sizeof(T));
+            std::memcpy(from + i * width, rows.row(list[i]), width * sizeof(T));
           }
           std::memset(from + real * width, 0, (size - real) * width * sizeof(T));
-          gathered_gradients(slice + j * kTile * width, tile + j, begin, list, real, size, from,
+          gathered_gradients(slice + j * kTile * width, tile + j, list, real, size, from,
                              operand.get(worker), logits.get(worker), by_entry.get(worker),
                              by_row.get() + (offset[j] + done) * kTile);
-          if (!weight_grad.data) continue;
+          if (!weight_grad.is_wanted()) continue;
           pack_panels(from, 0, size, size, width, operand.get(worker));
           const auto panels = make_panels(operand.get(worker), from, size, width);
-          weight_grad.update(tile + j, done == 0 && begin == 0, width, block.get(worker),
+          weight_grad.update(tile + j, done == 0, done + real == num, width, block.get(worker),
                              [&](float* to, int64_t ld_to, bool add) {
                                for (int64_t p = 0; p < width / kLanes; ++p) {
                                  multiply(kTile, kLanes, size, by_entry.get(worker), size,
@@ -244,8 +251,7 @@ struct Backward {
                      by_row.get() + (offset[j] + done) * kTile, kTile, panel.data, panel.ld,
                      product.get(worker), kLanes, false);
             for (int64_t i = 0; i < real; ++i) {
-              const int64_t row = begin + pairs.list[first + done + i];
-              float* to = grad_hidden + row * width + p * kLanes;
+              float* to = grad_hidden + pairs.list[first + done + i] * width + p * kLanes;
               const float* values = product.get(worker) + i * kLanes;
               for (int64_t h = 0; h < kLanes; ++h) to[h] += values[h];
             }
@@ -257,9 +263,9 @@ struct Backward {
 
  private:
   // Logit gradients of one tile and `size` gathered rows, of which the first `real` exist.
-  void gathered_gradients(const T* weight_tile, int64_t tile, int64_t begin, const int32_t* list,
-                          int64_t real, int64_t size, const T* from, T* operand, float* z,
-                          T* by_entry, T* by_row) const {
+  void gathered_gradients(const T* weight_tile, int64_t tile, const int32_t* list, int64_t real,
+                          int64_t size, const T* from, T* operand, float* z, T* by_entry,
+                          T* by_row) const {
     for (int64_t b = 0; b < size; b += kLanes) {
       const int64_t num_lanes = std::min(kLanes, size - b);
       // The width of the operand is its leading dimension: one block at a time.
@@ -269,7 +275,7 @@ struct Backward {
       Lanes lanes{};
       for (int64_t r = 0; r < kLanes; ++r) {
         lanes.target[r] = -1;
-        if (b + r < real) gradients.load(lanes, r, begin + list[b + r], tile, true);
+        if (b + r < real) gradients.load(lanes, r, list[b + r], tile, true);
       }
       grad_block(z, tile_width(tile), num_lanes, scale, false, lanes, by_entry + b, size,
                  by_row + b * kTile, kTile, z + kTile * kLanes);

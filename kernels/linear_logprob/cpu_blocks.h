@@ -4,6 +4,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
@@ -41,11 +42,29 @@ inline void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, c
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, is_narrow<T>);
 }
 
+// Whether brgemm takes bfloat16: ONEDNN_MAX_CPU_ISA can forbid what the processor could do, and
+// ATen answers that with an error only.
+inline bool takes_bfloat16() {
+  const BFloat16 zeros[kTile * kLanes] = {};
+  float sums[kTile * kLanes];
+  try {
+    multiply(kTile, kLanes, kLanes, zeros, kLanes, zeros, kLanes, sums, kLanes, false);
+  } catch (const c10::Error&) {
+    return false;
+  }
+  at::native::cpublas::brgemm_release();
+  return true;
+}
+
 // Products of bfloat16 without rounding in between need instructions of the processor and oneDNN;
 // without them bfloat16 takes the float32 path, as float16 always does.
 inline bool has_bfloat16_products() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_supports("avx512bf16") && at::globalContext().userEnabledMkldnn();
+  if (!at::globalContext().userEnabledMkldnn() || !__builtin_cpu_supports("avx512bf16")) {
+    return false;
+  }
+  static const bool is_taken = takes_bfloat16();
+  return is_taken;
 #else
   return false;
 #endif
@@ -61,6 +80,7 @@ template <typename Run>
 void for_each_task(int64_t num_tasks, const Run& run) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, num_workers(num_tasks), 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // a guard is of its thread only
     for (int64_t worker = begin; worker < end; ++worker) {
       for (int64_t task; (task = next.fetch_add(1)) < num_tasks;) run(task, worker);
     }
@@ -134,8 +154,8 @@ Scratch<T> transposed_blocks(const Rows<T>& rows) {
 template <typename T>
 class WeightSlices {
  public:
-  WeightSlices(const Tensor& weight, int64_t width, int64_t tiles_when_copied)
-      : weight_(weight), width_(width), copied_(tiles_when_copied) {
+  WeightSlices(const Tensor& weight, int64_t width)
+      : weight_(weight), width_(width), copied_(std::max(6, 2 * at::get_num_threads())) {
     is_direct_ = weight.is_contiguous() && weight.size(1) == width &&
                  weight.scalar_type() == c10::CppTypeToScalarType<T>::value;
   }
@@ -161,7 +181,9 @@ class WeightSlices {
   // Tiles [tile, tile + count) in place or copied; valid until the next call.
   const T* get(int64_t tile, int64_t count) {
     if (is_direct(tile, count)) return direct(tile);
-    buffer_ = at::empty({count * kTile, width_}, c10::CppTypeToScalarType<T>::value);
+    if (!buffer_.defined()) {
+      buffer_ = at::empty({copied_ * kTile, width_}, c10::CppTypeToScalarType<T>::value);
+    }
     T* to = buffer_.mutable_data_ptr<T>();
     for_each_task(count, [&](int64_t j, int64_t) { copy(tile + j, to + j * kTile * width_); });
     return to;
@@ -169,36 +191,54 @@ class WeightSlices {
 
  private:
   Tensor weight_, buffer_;
-  int64_t width_, copied_;
+  int64_t width_, copied_;  // copied_: tiles that a copy holds, some for each thread
   bool is_direct_;
 };
 
-// The float32 gradient of the weight. Tiles are written by products directly, except where a ragged
-// end makes them go through a padded block.
-struct WeightGrad {
-  float* data;         // [num_rows, width]; nullptr: not wanted
-  int64_t num_rows, width;
-  bool is_accumulated;  // add to what is there; otherwise the first write of a tile overwrites
+// The gradient of the weight, of any dtype and strides. Products write a tile directly where they
+// can; elsewhere they sum it up in a padded float32 block, which then is rounded once.
+class WeightGrad {
+ public:
+  // to: [V, H], undefined if not wanted. is_accumulated: add to what is there; otherwise every tile
+  // is overwritten.
+  WeightGrad(Tensor to, bool is_accumulated) : to_(std::move(to)), is_accumulated_(is_accumulated) {
+    const bool is_direct = is_wanted() && to_.is_contiguous() &&
+                           to_.scalar_type() == at::kFloat && to_.size(1) % kLanes == 0;
+    if (is_direct) direct_ = to_.mutable_data_ptr<float>();
+  }
+  bool is_wanted() const { return to_.defined(); }
 
-  // sum(target pointer, leading dimension, add) must add the product to the block or write it.
+  // Adds one of the sums that make up a tile: sum(pointer, leading dimension, add) adds it to what
+  // the pointer holds or overwrites that. `block` is the tile's from its first sum to its last.
   template <typename Sum>
-  void update(int64_t tile, bool is_first, int64_t padded_width, float* block,
+  void update(int64_t tile, bool is_first, bool is_last, int64_t padded_width, float* block,
               const Sum& sum) const {
-    const bool add = is_accumulated || !is_first;
-    float* to = data + tile * kTile * width;
-    const int64_t rows = std::min(kTile, num_rows - tile * kTile);
-    if (rows == kTile && width == padded_width) return sum(to, width, add);
-    sum(block, padded_width, false);
-    for (int64_t v = 0; v < rows; ++v) {
-      for (int64_t h = 0; h < width; ++h) {
-        to[v * width + h] = (add ? to[v * width + h] : 0.0f) + block[v * padded_width + h];
-      }
+    if (direct_ && (tile + 1) * kTile <= to_.size(0)) {
+      return sum(direct_ + tile * kTile * padded_width, padded_width, is_accumulated_ || !is_first);
     }
+    sum(block, padded_width, !is_first);
+    if (!is_last) return;
+    const Tensor to = rows_of(tile);
+    const Tensor from = at::from_blob(block, {to.size(0), padded_width}, at::kFloat);
+    const Tensor real = from.narrow(1, 0, to.size(1));
+    is_accumulated_ ? to.add_(real) : to.copy_(real);
   }
+  // For a tile without sums.
   void clear(int64_t tile) const {
-    const int64_t rows = std::min(kTile, num_rows - tile * kTile);
-    if (!is_accumulated) std::fill_n(data + tile * kTile * width, rows * width, 0.0f);
+    if (!is_accumulated_) rows_of(tile).zero_();
   }
+  void clear() const {
+    if (is_wanted() && !is_accumulated_) to_.zero_();
+  }
+
+ private:
+  Tensor rows_of(int64_t tile) const {
+    return to_.narrow(0, tile * kTile, std::min(kTile, to_.size(0) - tile * kTile));
+  }
+
+  Tensor to_;
+  bool is_accumulated_;
+  float* direct_ = nullptr;
 };
 
 // A [K, width] matrix as the right operand of products, in panels of kLanes columns: interleaved

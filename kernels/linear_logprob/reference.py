@@ -112,6 +112,7 @@ def backward(
     weight_grad: Tensor | None = None,
     kept_logits: Tensor | None = None,
     needs_grad_weight: bool = True,
+    grad_weight_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (grad_hidden [T, H], grad_weight [V, H] or [0, H]) of one shard.
 
@@ -145,7 +146,9 @@ def backward(
         grad_hidden = torch.zeros_like(scaled_hidden)
         has_result = needs_grad_weight and weight_grad is None
         grad_weight = scaled_hidden.new_zeros(
-            weight_shard.shape[0] if has_result else 0, hidden.shape[1]
+            weight_shard.shape[0] if has_result else 0,
+            hidden.shape[1],
+            dtype=grad_weight_dtype or dtype,
         )
         accumulator = grad_weight if has_result else weight_grad
         for start, weight in _vocab_slices(weight_shard, dtype):

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowrl.kernels._triton import IS_INTERPRETED
 from flowrl.kernels.linear_logprob import linear_logprob, live_implementation
 
 LIVE = sorted({"reference", live_implementation("cpu")})
+# For the tests whose shapes Triton's interpreter manages in a second or two.
+EVERY = [*LIVE, "triton"] if IS_INTERPRETED else LIVE
 OPS = torch.ops.flowrl
 # implementation -> (forward, backward)
 OPERATORS = {
     "cpu": (OPS.linear_logprob_forward, OPS.linear_logprob_backward),
     "reference": (OPS.linear_logprob_forward_reference, OPS.linear_logprob_backward_reference),
 }
+if IS_INTERPRETED:
+    OPERATORS["triton"] = (OPS.linear_logprob_forward_triton, OPS.linear_logprob_backward_triton)
 IGNORE = -100
 
 # (T, H, V), each for a path: one row; one tile; ragged everything; V = tiles exactly; several row
@@ -81,7 +86,7 @@ def test_values_and_gradients_match_float64(shape, temperature, implementation, 
             assert (grad.double() - exact).norm() < 1e-5 * exact.norm() + bound
 
 
-@pytest.mark.parametrize("implementation", LIVE)
+@pytest.mark.parametrize("implementation", EVERY)
 def test_published_vector(implementation):
     path = Path(__file__).parents[1] / "vectors" / "flowrl.json"
     case = json.loads(path.read_text())["cases"]["D_logits_temperature"]
@@ -119,7 +124,7 @@ def test_gradcheck(vocab_size):
     assert torch.autograd.gradcheck(separate_and_joint, inputs, fast_mode=vocab_size > 100)
 
 
-@pytest.mark.parametrize("implementation", LIVE)
+@pytest.mark.parametrize("implementation", EVERY)
 def test_hand_derived_uniform_row(implementation):
     """Zero hidden state: p = 1 / V, dlogprob/dW_v = (1[v = y] - 1 / V) h = 0, dH = W_y - mean W."""
     weight = torch.arange(12.0).reshape(6, 2).requires_grad_()
@@ -156,7 +161,7 @@ def test_half_precision_loses_less_than_pytorch(dtype, implementation):
         assert relative_error(grad, exact) <= relative_error(rival_grad, exact) + 1e-4
 
 
-@pytest.mark.parametrize("implementation", LIVE)
+@pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("offset", [-400.0, 0.0, 60.0], ids=["all-negative", "centred", "large"])
 def test_padding_of_the_last_tile_carries_no_mass(offset, implementation):
     """Logits all near -400: a padded entry of logit 0 would swallow the whole row."""
@@ -171,7 +176,7 @@ def test_padding_of_the_last_tile_carries_no_mass(offset, implementation):
     torch.testing.assert_close(entropy.double(), truth[1], atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("implementation", LIVE)
+@pytest.mark.parametrize("implementation", EVERY)
 def test_peaked_softmax_keeps_the_small_gradient(implementation):
     """Near-certain rows: g (1[v = y] - p) has norm (1 - p_y) |W| and less, and must not cancel."""
     hidden, weight, _ = make_case(40, 32, 700, scale=1.0)
@@ -190,7 +195,7 @@ def test_peaked_softmax_keeps_the_small_gradient(implementation):
     assert row_errors.max() < 4e-6 * weight.norm(dim=1).max()
 
 
-@pytest.mark.parametrize("implementation", LIVE)
+@pytest.mark.parametrize("implementation", EVERY)
 def test_logprob_is_clamped_at_zero(implementation):
     hidden = torch.full((3, 1), 1.0)
     weight = torch.tensor([[300.0], [-300.0]])
@@ -202,7 +207,7 @@ def test_logprob_is_clamped_at_zero(implementation):
     assert entropy is not None and entropy.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("implementation", LIVE)
+@pytest.mark.parametrize("implementation", EVERY)
 def test_ignored_and_zero_gradient_rows(implementation):
     hidden, weight, target = make_case(140, 16, 300)
     target[::3] = IGNORE
@@ -223,7 +228,7 @@ def test_ignored_and_zero_gradient_rows(implementation):
     assert relative_error(grads[1], truth[3]) < 1e-5
 
 
-@pytest.mark.parametrize("implementation", LIVE)
+@pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("num_rows", [0, 4], ids=["no-rows", "all-ignored"])
 def test_nothing_to_do(num_rows, implementation):
     hidden, weight, _ = make_case(num_rows, 8, 200)
@@ -238,7 +243,7 @@ def test_nothing_to_do(num_rows, implementation):
     assert not grads[0].any() and not grads[1].any()
 
 
-@pytest.mark.parametrize("implementation", LIVE)
+@pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("drop_mass", [0.0, 2**-6])
 def test_non_finite_row_spoils_only_itself(value, drop_mass, implementation):
@@ -306,7 +311,7 @@ def run_sharded(implementation, hidden, weight, target, bounds, grads, drop_mass
     return logprob, lse - mean_logit, grad_hidden, grad_weight, torch.stack(dropped)
 
 
-@pytest.mark.parametrize("implementation", LIVE)
+@pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("bounds", [(0, 700), (0, 130, 700), (0, 1, 400, 700)], ids=str)
 @pytest.mark.parametrize("with_entropy", [False, True], ids=["logprob", "both"])
 def test_shards_merge_to_the_whole(bounds, with_entropy, implementation):
@@ -476,7 +481,7 @@ def test_entropy_gradient_makes_the_backward_exact(implementation):
     assert not dropped.any()
 
 
-@pytest.mark.parametrize("implementation", LIVE)
+@pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weight_grad_accumulates(dtype, implementation):
     hidden, weight, target = make_case(30, 8, 1100, dtype)

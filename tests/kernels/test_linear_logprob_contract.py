@@ -250,7 +250,10 @@ def argument_errors():
         "weight-grad-dtype": ({"weight_grad": weight.bfloat16()}, "got torch.bfloat16"),
         "weight-grad-device": ({"weight_grad": weight.to("meta")}, "weight_grad is on meta"),
         "implementation": ({"implementation": "cuda"}, "'reference', 'triton', 'cpu'"),
-        "triton-on-cpu": ({"implementation": "triton"}, "'triton'.*implementation=None"),
+        "triton-float64": (
+            {"implementation": "triton", "hidden": hidden.double(), "weight": weight.double()},
+            "'triton'.*implementation=None",
+        ),
     }
 
 

@@ -137,3 +137,34 @@ def test_strided_weight_and_buffers(drop):
     logprob.sum().backward()
     assert weight.grad is not None
     torch.testing.assert_close(buffer - 1, weight.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", sorted({"reference", IMPLEMENTATION}))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2100, 64, 1280), (130, 72, 1300)], ids=str)
+@pytest.mark.parametrize("drop", [0.0, 0.03])
+def test_gradient_of_the_weight_is_rounded_once(drop, shape, dtype, implementation):
+    """A sum over three chunks of rows that is rounded after each would differ in most elements."""
+    hidden, weight, target = peaked(*shape, dtype, 4.0)
+    suffix = "_reference" if implementation == "reference" else ""
+    forward = getattr(torch.ops.flowrl, f"linear_logprob_forward{suffix}")
+    backward = getattr(torch.ops.flowrl, f"linear_logprob_backward{suffix}")
+    lse, _, mean_logit, tile_lse = forward(hidden, weight, target, 0, 0.9)
+    grad_logprob = torch.linspace(-1, 2, len(hidden))
+    arguments = (
+        hidden,
+        weight,
+        target,
+        0,
+        0.9,
+        lse,
+        mean_logit,
+        tile_lse,
+        grad_logprob,
+        None,
+        drop,
+    )
+    wide = backward(*arguments)[1]
+    narrow = backward(*arguments, grad_weight_dtype=dtype)[1]
+    assert wide.dtype == torch.float32 and wide.any()
+    assert torch.equal(narrow, wide.to(dtype))
