@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -133,7 +134,9 @@ def build_parts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -
     """What trains and samples: in this process, or in every process that torchrun started."""
     if not is_megatron(config):
         return build_torch(config, path, tokenizer)
-    from flowrl.megatron_parts import build_megatron  # megatron-core is an extra
+    with warnings.catch_warnings():  # Megatron-core names every optional package that is absent
+        warnings.simplefilter("ignore")
+        from flowrl.megatron_parts import build_megatron  # megatron-core is an extra
 
     return build_megatron(config, path, tokenizer)
 

@@ -127,7 +127,9 @@ class ParallelConfig(Section):
         1, description="interleaved chunks per stage"
     )
     context_parallel_size: PositiveInt = Field(1, description="ranks that share a sequence")
-    expert_model_parallel_size: PositiveInt = Field(1, description="ranks that share the experts")
+    expert_model_parallel_size: PositiveInt = Field(
+        1, description="ranks that share the experts; only 1 is supported so far"
+    )
     sequence_parallel: bool = Field(
         False, description="spread norms and activations over the tensor-parallel ranks as well"
     )

@@ -1,0 +1,65 @@
+"""Groups of a layout, and layouts that are refused."""
+
+from typing import Any
+
+import pytest
+from harness import run_ranks
+
+from flowrl.megatron.layout import (
+    Layout,
+    context_group,
+    data_rank,
+    data_size,
+    initialize,
+    is_last_stage,
+    tensor_group,
+)
+
+
+def place(rank: int, layout: Layout) -> tuple[int, int, int, int, bool]:
+    initialize(layout)
+    return tensor_group().rank(), context_group().rank(), data_rank(), data_size(), is_last_stage()
+
+
+def test_ranks_are_dealt_tensor_first() -> None:
+    """Tensor, then context, then data, then pipeline, as Megatron's checkpoints expect."""
+    places = run_ranks(4, place, Layout(tensor=2))
+    assert [p[:3] for p in places] == [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)]
+    assert all(p[3:] == (2, True) for p in places)
+    places = run_ranks(4, place, Layout(pipeline=2, context=2))
+    assert [p[1] for p in places] == [0, 1, 0, 1]
+    assert [p[2:] for p in places] == [(0, 1, False)] * 2 + [(0, 1, True)] * 2
+
+
+def refusal(rank: int, layout: Layout) -> str:
+    with pytest.raises(ValueError) as caught:
+        initialize(layout)
+    return str(caught.value)
+
+
+def test_world_that_does_not_divide_is_refused() -> None:
+    texts = run_ranks(3, refusal, Layout(tensor=2))
+    assert all("3 ranks are no multiple" in text and "multiple of 2" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"tensor": 0}, "tensor = 0"),
+        ({"context": -1}, "context = -1"),
+        ({"virtual_pipeline": 2}, "virtual_pipeline = 2"),
+        ({"sequence_parallel": True}, "sequence_parallel = True"),
+        ({"expert": 2}, "expert = 2"),
+    ],
+    ids=lambda x: str(x),
+)
+def test_impossible_layout_is_refused(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Layout(**settings)
+
+
+def test_multiple_of_a_padded_sequence() -> None:
+    assert Layout().sequence_multiple == 1
+    assert Layout(context=3).sequence_multiple == 6
+    assert Layout(tensor=2, sequence_parallel=True).sequence_multiple == 2
+    assert Layout(tensor=2, context=2, sequence_parallel=True).sequence_multiple == 8
