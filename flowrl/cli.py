@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flowrl.config import config_keys, dump_config, load_config
+from flowrl.config import config_keys, dump_config, is_main_process, load_config
 
 app = typer.Typer(
     name="flowrl",
@@ -48,9 +48,11 @@ def train(
         print(dump_config(settings))
         print(dry_run_report(settings))
         return
-    describe(settings)
+    if is_main_process():
+        describe(settings)
     run = run_training(settings)
-    summarise(run, time.perf_counter() - started)
+    if run.parts.is_main:
+        summarise(run, time.perf_counter() - started)
 
 
 @app.command("eval")
@@ -101,6 +103,86 @@ def doctor() -> None:
     from flowrl.doctor import collect, render
 
     Console().print(render(collect()))
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    gpus: Annotated[int, typer.Option(help="all GPUs of the run")],
+    gpu: Annotated[str, typer.Option(help="a100-80, h100, h200 or b200")],
+    overrides: Overrides = None,
+    gpus_per_node: Annotated[int, typer.Option(help="with fast links between them")] = 8,
+    rollout_gpus: Annotated[int, typer.Option(help="of all, those that only generate")] = 0,
+    mfu: Annotated[float, typer.Option(help="share of the peak that the trainer reaches")] = 0.4,
+    response_length: Annotated[
+        float | None, typer.Option(help="mean in tokens; default: half of the limit")
+    ] = None,
+) -> None:
+    """Estimate memory and time of a run, and rank the layouts that fit; needs no GPU."""
+    settings = load_config(config, overrides or [])
+    from flowrl.plan import make_plan
+    from flowrl.plan.report import render
+
+    made = make_plan(
+        settings,
+        num_gpus=gpus,
+        gpu=gpu,
+        gpus_per_node=gpus_per_node,
+        num_rollout_gpus=rollout_gpus,
+        mfu=mfu,
+        response_tokens=response_length,
+    )
+    Console().print(render(made))
+
+
+bench = typer.Typer(help="Measure the kernels against their rivals.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("kernels")
+def bench_head(
+    rows: Annotated[list[int] | None, typer.Option(help="T; several: repeat")] = None,
+    head: Annotated[
+        list[str] | None, typer.Option(help="whose sizes, such as smollm2-135m or qwen2.5-7b")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16")] = None,
+    drop_mass: Annotated[list[float] | None, typer.Option(help="adds a variant with it")] = None,
+    logit_std: Annotated[float, typer.Option(help="spread of Gaussian logits")] = 3.0,
+    peak: Annotated[float, typer.Option(help="> 0: fall of the logits with the rank")] = 0.0,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="SmolLM2's own states, sampled at it")
+    ] = None,
+    states: Annotated[
+        Path | None, typer.Option(help="file of those states, made if absent")
+    ] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="only these beside materialised PyTorch")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="timed rounds after one warm-up round")] = 7,
+    threads: Annotated[int, typer.Option(help="of the CPU")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    json_path: Annotated[Path | None, typer.Option("--json", help="write the results")] = None,
+) -> None:
+    """Time, memory and errors of the language-model head, ours and others'."""
+    import torch
+
+    from flowrl.bench.kernels import bench_kernels, make_cases
+    from flowrl.config import cache_dir
+
+    torch.set_num_threads(threads)
+    where = torch.device(device)
+    cases = make_cases(
+        rows or [1024],
+        head or ["smollm2-135m"],
+        dtype or ["float32", "bfloat16"],
+        logit_std=logit_std,
+        peak=peak,
+        temperatures=temperature or [],
+        states=states,
+        device=where,
+        cache=cache_dir(),
+    )
+    bench_kernels(cases, where, drop_mass or [], variant or [], repeats, json_path=json_path)
 
 
 class StderrHandler(logging.Handler):

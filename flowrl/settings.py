@@ -288,11 +288,12 @@ class Config(Section):
     def _consistent(self) -> "Config":
         data, actor, rollout = self.data, self.actor, self.rollout
         longest = data.max_prompt_length + data.max_response_length
-        if longest > actor.ppo_max_token_len_per_gpu:
+        spread = self.parallel.context_parallel_size  # the only thing that splits a sequence
+        if longest > actor.ppo_max_token_len_per_gpu * spread:
             raise ValueError(
                 f"data.max_prompt_length + data.max_response_length = {longest} exceeds "
                 f"actor.ppo_max_token_len_per_gpu = {actor.ppo_max_token_len_per_gpu}; a sequence "
-                "is never split, so raise the cap or shorten the limits"
+                "is never split over micro-batches, so raise the cap or shorten the limits"
             )
         if rollout.max_num_seqs < rollout.n:
             raise ValueError(

@@ -1,0 +1,207 @@
+"""The memory of one GPU: what stays, and what a micro-batch or a generation adds for a while.
+
+Weights and states are exact up to buckets and alignment. Activations and the head are estimates:
+formulas of what the layers save, for as many tokens as `actor.ppo_max_token_len_per_gpu` admits,
+with attention that keeps no scores.
+"""
+
+from dataclasses import dataclass, fields
+
+from flowrl.plan.layout import PlannedLayout
+from flowrl.plan.sizes import (
+    ModelSizes,
+    model_parameters,
+    partition_parameters,
+    stage_parameters,
+    vocab_rows,
+)
+from flowrl.settings import Config
+
+HEAD_TILE = 128  # entries under one log-sum-exp, as in flowrl.kernels.linear_logprob
+HEAD_SLICE_BYTES = 128 * 2**20  # of d logits, in the head's backward
+USABLE_SHARE = 0.92  # the rest: CUDA context, NCCL's buffers, fragments
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU, by purpose. KV cache and activations never exist together."""
+
+    weights: float
+    main_grads: float
+    optimizer: float
+    partition: float
+    reference: float
+    critic: float
+    engine_weights: float
+    activations: float
+    head: float
+    kv_cache: float
+
+    @property
+    def resident(self) -> float:
+        """What is there all the time."""
+        passing = self.activations + self.head + self.kv_cache
+        return sum(getattr(self, field.name) for field in fields(self)) - passing
+
+    @property
+    def peak(self) -> float:
+        """The larger of update and generation."""
+        return self.resident + max(self.activations + self.head, self.kv_cache)
+
+
+def element_bytes(config: Config) -> int:
+    """Bytes of one weight or activation."""
+    return {"bfloat16": 2, "float32": 4}[config.model.dtype]
+
+
+def optimizer_bytes(config: Config, num_parameters: float, layout: PlannedLayout) -> float:
+    """AdamW's two float32 moments and, of bfloat16 weights, the float32 master.
+
+    8 or 12 bytes a parameter; the distributed optimiser divides them by all ranks with the same
+    shard, data- and context-parallel ones (ZeRO stage 1, arXiv 1910.02054, section 5.1).
+    """
+    each = 8 if config.model.dtype == "float32" else 12
+    return each * num_parameters / _optimizer_ranks(config, layout)
+
+
+def _optimizer_ranks(config: Config, layout: PlannedLayout) -> int:
+    return layout.data * layout.context if config.parallel.use_distributed_optimizer else 1
+
+
+def has_partition(config: Config) -> bool:
+    """Whether Z is a network that is trained."""
+    return config.algorithm.objective == "flow_balance" and config.flow.log_z == "network"
+
+
+def layer_activation_bytes(
+    sizes: ModelSizes, layout: PlannedLayout, num_tokens: int, element: int
+) -> float:
+    """What one layer saves for its backward, for a rank's tokens N, element size e and t ranks.
+
+        N e (4 H / s + (3 Q + 3 K + 3 F) / t) + 4 N heads / t,   s = t with sequence parallelism
+
+    arXiv 2205.05198, section 4 (Eq. 4 with sequence parallelism), counted anew for RMSNorm, SwiGLU,
+    grouped keys of width K, queries of width Q and attention that saves its output and one
+    log-sum-exp per head instead of scores. H: inputs of two norms and of the two projections behind
+    them. Q, K: the projection's output, which the values keep alive, the rotated queries and keys,
+    and the attention's output. F: both inputs of the gate and its output. Norm and gate are fused
+    kernels, as on a GPU; without, they would save intermediate results too.
+    """
+    keys = max(sizes.key_width, layout.tensor * sizes.head_dim)  # at least a group on each rank
+    shards = 3 * (sizes.query_width + keys + sizes.intermediate_size)
+    stream = 4 * sizes.hidden_size / (layout.tensor if layout.sequence_parallel else 1)
+    log_sums = 4 * sizes.num_attention_heads / layout.tensor
+    return num_tokens * (element * (stream + shards / layout.tensor) + log_sums)
+
+
+def chunks_in_flight(layout: PlannedLayout, stage: int, num_micro_batches: int) -> int:
+    """Forward passes of model chunks whose backward is still to come, at the most.
+
+    1F1B keeps p - r on stage r; with v chunks per stage, 2 (p - r - 1) + (v - 1) p + 1 (arXiv
+    2104.04473, section 2.2; on the first stage p (1 + (p - 1) / (p v)) micro-batches, arXiv
+    2205.05198, section 4.2.3).
+    """
+    stages, chunks = layout.pipeline, layout.virtual_pipeline
+    if chunks == 1:
+        return min(stages - stage, num_micro_batches)
+    in_flight = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
+    return min(in_flight, num_micro_batches * chunks)
+
+
+def activation_bytes(
+    sizes: ModelSizes,
+    layout: PlannedLayout,
+    stage: int,
+    num_tokens: int,
+    num_micro_batches: int,
+    element: int,
+) -> float:
+    """Saved activations of a stage's micro-batches in flight, and one layer's working set.
+
+    With recomputation each layer keeps its input alone, and one layer at a time all of its own.
+    The working set of the backward is the gradient of the widest part, the gated MLP.
+    """
+    stream_ranks = layout.tensor if layout.sequence_parallel else 1
+    stream = num_tokens * element * sizes.hidden_size
+    layers = sizes.num_hidden_layers // (layout.pipeline * layout.virtual_pipeline)
+    whole = layer_activation_bytes(sizes, layout, num_tokens, element)
+    kept = stream / stream_ranks if layout.recompute else whole
+    total = chunks_in_flight(layout, stage, num_micro_batches) * layers * kept
+    if layout.recompute:
+        total += whole
+    total += num_tokens * element * 3 * sizes.intermediate_size / layout.tensor + 2 * stream
+    if stage == layout.pipeline - 1:
+        total += 2 * stream / stream_ranks  # the final norm's input and output
+    return total
+
+
+def head_bytes(sizes: ModelSizes, layout: PlannedLayout, num_rows: int, element: int) -> float:
+    """What the head adds for R rows on t ranks; logits are never there.
+
+    kept       e R H (rows)  +  4 R V / (128 t) (tile_lse)
+    forward    4 R V / (128 t) (tile_mean, for the entropy)
+    backward   4 R H (grad_hidden)  +  2 e R H  +  128 MiB (a slice)  +  e V H / t, if many
+               ranks train (the zeros that autograd gets beside main_grad)
+    """
+    rows = num_rows * sizes.hidden_size
+    tiles = 4 * num_rows * -(-vocab_rows(sizes, layout.tensor) // HEAD_TILE)
+    zeros = element * vocab_rows(sizes, layout.tensor) * sizes.hidden_size
+    backward = 4 * rows + 2 * element * rows + HEAD_SLICE_BYTES
+    if layout.num_gpus > 1:
+        backward += zeros
+    return element * rows + tiles + max(tiles, backward)
+
+
+def logits_bytes(sizes: ModelSizes, layout: PlannedLayout, num_rows: int) -> float:
+    """What logits would cost at least: float32, once as values and once as gradients."""
+    return 8 * num_rows * vocab_rows(sizes, layout.tensor)
+
+
+def kv_bytes_per_token(sizes: ModelSizes, element: int) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * sizes.num_hidden_layers * sizes.key_width * element
+
+
+def stage_memory(
+    config: Config,
+    sizes: ModelSizes,
+    layout: PlannedLayout,
+    stage: int,
+    num_micro_batches: int,
+    *,
+    has_own_engine: bool,
+    is_megatron: bool,
+) -> Memory:
+    """Memory of a stage's GPU; `has_own_engine`: the main rank, which also generates.
+
+    Without Megatron the engine shares the policy's weights and has a KV cache only.
+    """
+    element = element_bytes(config)
+    num_tokens = config.actor.ppo_max_token_len_per_gpu
+    num = stage_parameters(sizes, layout, stage)
+    is_last = stage == layout.pipeline - 1
+    num_z = 0
+    if is_last and has_partition(config):
+        num_z = partition_parameters(sizes.hidden_size, config.flow.z_num_layers)
+    z_moments = 8 * num_z / _optimizer_ranks(config, layout)
+    is_offloaded = config.ref.offload and not is_megatron
+    has_critic = config.algorithm.objective == "ppo"
+    # Under sequence and tensor parallelism every rank has all rows, of its part of the vocabulary.
+    head = head_bytes(sizes, layout, num_tokens, element) if is_last else 0
+    sequence = config.data.max_prompt_length + config.data.max_response_length
+    num_sequences = min(
+        config.rollout.max_num_seqs, config.data.train_batch_size * config.rollout.n
+    )
+    kv_cache = num_sequences * sequence * kv_bytes_per_token(sizes, element)
+    return Memory(
+        weights=element * num,
+        main_grads=4 * num,
+        optimizer=optimizer_bytes(config, num, layout),
+        partition=8 * num_z + z_moments,
+        reference=0 if is_offloaded else element * num,
+        critic=(element + 4) * num + optimizer_bytes(config, num, layout) if has_critic else 0,
+        engine_weights=element * model_parameters(sizes) if has_own_engine and is_megatron else 0,
+        activations=activation_bytes(sizes, layout, stage, num_tokens, num_micro_batches, element),
+        head=head,
+        kv_cache=kv_cache if has_own_engine else 0,
+    )
