@@ -103,7 +103,11 @@ class MegatronAdamW:
         The backward carries NaN from the layer where it appeared to all that come before.
         """
         named = [item for chunk in self.chunks for item in chunk.module.named_parameters()]
-        grads = [n for n, p in named if p.requires_grad and not p.main_grad.isfinite().all()]
+        grads = [
+            name
+            for name, parameter in named
+            if parameter.requires_grad and not parameter.main_grad.isfinite().all()  # pyright: ignore[reportAttributeAccessIssue]
+        ]
         weights = [n for n, p in named if not p.isfinite().all()]
         if grads or weights:
             logger.error(

@@ -63,7 +63,7 @@ def output_layer_logprob(
         # The backward adds to main_grad itself; DDP's hook must not add autograd's zeros, except
         # where the embedding's gradient arrives with them (it sees to that itself).
         parameter.grad_added_to_main_grad = True  # pyright: ignore[reportAttributeAccessIssue]
-        weight_grad = parameter.main_grad
+        weight_grad = parameter.main_grad  # pyright: ignore[reportAttributeAccessIssue]
     if num_entries < len(parameter):
         weight = parameter[:num_entries]
         weight_grad = None if weight_grad is None else weight_grad[:num_entries]
@@ -130,6 +130,6 @@ def fuse_output_layer(
     if not model.post_process:
         return
     model.output_layer.forward = _keep_states  # pyright: ignore[reportAttributeAccessIssue]
-    model.compute_language_model_loss = partial(
+    model.compute_language_model_loss = partial(  # pyright: ignore[reportAttributeAccessIssue]
         _loss, model=model, vocab_size=vocab_size, temperature=temperature, drop_mass=drop_mass
     )

@@ -59,7 +59,8 @@ class Watchdog:
         self._process = f"{socket.gethostname()}, pid {os.getpid()}"
         # A connection of its own: while one call waits for the store, others queue behind it.
         default = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore("flowrl_watchdog", default.clone())
+        own = default.clone()  # pyright: ignore[reportAttributeAccessIssue]
+        self._store = dist.distributed_c10d.PrefixStore("flowrl_watchdog", own)
         self._number = 0
         self._is_closing = threading.Event()
         if self.rank == 0:
@@ -152,9 +153,7 @@ class Watchdog:
 
     def _read(self, ranks: range | list[int]) -> dict[int, Sign]:
         values = self._store.multi_get([f"sign/{rank}" for rank in ranks])
-        return {
-            rank: Sign(*json.loads(value)) for rank, value in zip(ranks, values, strict=True)
-        }
+        return {rank: Sign(*json.loads(value)) for rank, value in zip(ranks, values, strict=True)}
 
     def _place(self) -> str:
         """The functions of flowrl that the main thread is in, such as training_step > save."""

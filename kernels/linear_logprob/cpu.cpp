@@ -42,6 +42,8 @@ template <typename T>
 ForwardResult forward_of(const Tensor& hidden, const Tensor& weight, const Tensor& target,
                          int64_t vocab_start, float temperature, int64_t ignore_index,
                          bool entropy) {
+  TORCH_CHECK_VALUE(weight.size(0) > 0, "weight has no rows; a rank without a share of the "
+                    "vocabulary must leave this op out");
   const int64_t num_rows = hidden.size(0), vocab_size = weight.size(0);
   const auto target_c = target.contiguous();
   const auto* targets = target_c.const_data_ptr<int64_t>();

@@ -168,3 +168,10 @@ def test_gradient_of_the_weight_is_rounded_once(drop, shape, dtype, implementati
     narrow = backward(*arguments, grad_weight_dtype=dtype)[1]
     assert wide.dtype == torch.float32 and wide.any()
     assert torch.equal(narrow, wide.to(dtype))
+
+
+@pytest.mark.skipif(IMPLEMENTATION != "cpu", reason="needs the C++ library")
+def test_shard_without_entries_is_refused() -> None:
+    hidden, target = torch.ones(2, 4), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="weight has no rows"):
+        torch.ops.flowrl.linear_logprob_forward(hidden, torch.ones(0, 4), target, 0, 1.0)
