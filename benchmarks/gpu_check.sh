@@ -50,7 +50,7 @@ if [ -n "$wheels" ]; then
       echo "not installed: $wheel" | tee -a "$out/status.txt"
   done
 fi
-part doctor 60 "$python" -m flowrl.cli doctor
+part doctor 120 "$python" -m flowrl.cli doctor
 
 if [ "$device" = cuda ]; then
   tests=(tests/kernels --deselect tests/kernels/test_compile.py) rows=8192 long=32768
@@ -72,8 +72,8 @@ for peak in 3 0; do # a few per cent of the pairs kept, then all of them
 done
 part "bench_${heads[0]}_${long}_peak3" 240 "${bench[@]}" --head "${heads[0]}" --rows "$long" \
   --peak 3 --repeats 5 --json "$out/bench_${heads[0]}_${long}_peak3.json"
-part train 180 "$python" -m flowrl.cli train configs/tiny.yaml trainer.device="$device" \
-  trainer.total_training_steps=20 trainer.test_freq=20 trainer.default_local_dir="$out/train"
+part train 240 "$python" -m flowrl.cli train configs/tiny.yaml trainer.device="$device" \
+  trainer.total_training_steps=10 trainer.test_freq=10 trainer.default_local_dir="$out/train"
 cat "$out/status.txt"
 grep -q -v 'exit status 0' "$out/status.txt" && exit 1
 exit 0

@@ -1,5 +1,6 @@
 import io
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,8 @@ def test_live_mode_ends_with_the_bar_and_the_last_twelve_steps():
         console.phase("updating")
     # Each frame begins where the cursor went up over the one before.
     lines = [line.rstrip() for line in screen.getvalue().split("\x1b[2K")[-1].splitlines()]
-    assert "step 20/40" in lines[0] and "0:00:00 elapsed, 0:00:00 left" in lines[0]
+    assert "step 20/40" in lines[0]
+    assert re.search(r"0:00:0\d elapsed, 0:00:0\d left", lines[0])  # a busy machine takes seconds
     assert lines[1] == HEADER
     assert lines[3:15] == [STEP_LINE.replace("    1", f"{step:5d}", 1) for step in range(9, 21)]
     assert lines[15] == "step 5: held-out accuracy 25.0 %"

@@ -119,10 +119,10 @@ def run_probe(
         reason = None
         try:
             code = subprocess.run(
-                command, stdout=out, stderr=err, timeout=timeout_s, check=False
+                command, stdout=out, stderr=err, timeout=timeout_s * len(cases), check=False
             ).returncode
         except subprocess.TimeoutExpired:
-            code, reason = 0, f"took more than {timeout_s:g} s"
+            code, reason = 0, f"took more than {timeout_s:g} s a case"
         out.seek(0)
         err.seek(0)
         # Some libraries print to standard output when they are imported.

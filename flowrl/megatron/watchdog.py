@@ -26,6 +26,7 @@ ROLL_CALL_INTERVALS = 3  # after which a rank that gave no sign counts as silent
 NUM_PLACES = 8  # ranks whose place is told when all are alive
 ENDED = "nothing: it has ended"
 VERDICT = "verdict"
+TRANSPARENT = (__name__, "flowrl.megatron.cpu")  # modules whose functions say nothing of the place
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +94,10 @@ class Watchdog:
         step = self.num_steps() + 1
         cause = f"rank {self.rank} failed in step {step}: {type(error).__name__}: {error}"
         logger.error("%s", cause)
-        if self._store.compare_set(VERDICT, "", cause).decode() != cause:
-            return  # another rank was first, and finds out who is missing
+        verdict = self._store.compare_set(VERDICT, "", cause).decode()
+        if verdict != cause:  # another rank was first, and finds out who is missing
+            logger.error("rank %d ends, since %s", self.rank, verdict)
+            return
         # torchrun sends SIGTERM when it notices a dead rank, and waits 30 s before it kills.
         earlier = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         before = self._read(range(self.num_ranks))
@@ -113,6 +116,7 @@ class Watchdog:
         watched = list(range(1, self.num_ranks)) if self.rank == 0 else [0]
         last = dict.fromkeys(watched, Sign(-1, 0, "", ""))
         heard = dict.fromkeys(watched, time.monotonic())
+        num_left = ROLL_CALL_INTERVALS  # signs after a verdict, which its author still counts
         while not self._is_closing.wait(self.interval_s):
             try:
                 self._send(self._place())
@@ -133,7 +137,8 @@ class Watchdog:
                     for rank in silent
                 )
                 verdict = self._store.compare_set(VERDICT, "", verdict).decode()
-            if verdict:
+            num_left -= bool(verdict)
+            if num_left < 0:
                 self._end(f"rank {self.rank} ends, since {verdict}")
                 return
 
@@ -161,7 +166,7 @@ class Watchdog:
         names = []
         while frame is not None:
             module = frame.f_globals["__name__"]
-            if module.startswith("flowrl.") and module != __name__:
+            if module.startswith("flowrl.") and module not in TRANSPARENT:
                 names.append(frame.f_code.co_name)
             frame = frame.f_back
         return " > ".join(reversed(names[:5])) or "no function of flowrl"

@@ -55,7 +55,7 @@ struct Backward {
     const int64_t width = rows.width, num_tiles = weight.num_tiles();
     const int64_t chunk_rows = std::min(kRowChunk, rows.padded), workers = at::get_num_threads();
     // Tiles of a slice: memory grows with them and time does not fall, measured from 3 to 12.
-    const int64_t limit = std::max<int64_t>(3, workers + 1);
+    const int64_t limit = std::max<int64_t>(2, workers);
     const auto transposed = transposed_blocks(rows);
     std::vector<std::pair<int64_t, int64_t>> slices;
     for (int64_t tile = 0; tile < num_tiles; tile += slices.back().second) {

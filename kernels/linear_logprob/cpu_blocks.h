@@ -155,7 +155,7 @@ template <typename T>
 class WeightSlices {
  public:
   WeightSlices(const Tensor& weight, int64_t width)
-      : weight_(weight), width_(width), copied_(std::max(6, 2 * at::get_num_threads())) {
+      : weight_(weight), width_(width), copied_(std::max(2, at::get_num_threads())) {
     is_direct_ = weight.is_contiguous() && weight.size(1) == width &&
                  weight.scalar_type() == c10::CppTypeToScalarType<T>::value;
   }
