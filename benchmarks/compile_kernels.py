@@ -2,7 +2,7 @@
 
     python benchmarks/compile_kernels.py                        # everything, about 20 minutes
     python benchmarks/compile_kernels.py --sm 90 --op segment_mean
-    python benchmarks/compile_kernels.py --triton /tmp/triton36  # another Triton, from a folder
+    python benchmarks/compile_kernels.py --triton FOLDER  # another Triton, from a folder
 
 No GPU is needed. The host functions of the ops run on meta tensors of real sizes, and each launch
 compiles for the architecture in question instead of launching: signatures, block sizes and
@@ -10,7 +10,7 @@ alignment are those of a real call, kernels of equal signature are compiled once
 function that asked for a value on the device would fail. The exit status is 1 if a kernel spills
 registers, lacks the instructions it was written for, or rounds float32 operands to tf32.
 
-The folder of --triton: pip install --no-deps --target /tmp/triton36 triton==3.6.0
+The folder of --triton: pip install --no-deps --target FOLDER triton==3.6.0
 """
 
 import json
