@@ -71,12 +71,18 @@ def initialize(layout: Layout, timeout_s: float = 1800.0) -> None:
     enable_cpu()
     has_cuda = torch.cuda.is_available()
     if not dist.is_initialized():
+        try:
+            dist.init_process_group(
+                "nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_s)
+            )
+        except ValueError as error:  # the variables that torchrun sets are missing
+            raise ValueError(
+                f"this layout needs a multiple of {layout.model_ranks} processes; start them with "
+                f"torchrun --nproc-per-node {layout.model_ranks} -m flowrl train ... ({error})"
+            ) from error
         if has_cuda:
             local_rank = dist.get_node_local_rank()  # pyright: ignore[reportPrivateImportUsage]
             torch.cuda.set_device(local_rank)
-        dist.init_process_group(
-            "nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_s)
-        )
     world_size = dist.get_world_size()
     if world_size % layout.model_ranks:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Groups of a layout, and layouts that are refused."""
 
+import multiprocessing
 from typing import Any
 
 import pytest
@@ -63,3 +64,9 @@ def test_multiple_of_a_padded_sequence() -> None:
     assert Layout(context=3).sequence_multiple == 6
     assert Layout(tensor=2, sequence_parallel=True).sequence_multiple == 2
     assert Layout(tensor=2, context=2, sequence_parallel=True).sequence_multiple == 8
+
+
+def test_without_torchrun_the_remedy_is_named() -> None:
+    fork = multiprocessing.get_context("fork")  # what initialize changes stays in the child
+    with fork.Pool(1) as pool, pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
+        pool.apply(initialize, (Layout(tensor=2),))
