@@ -1,9 +1,10 @@
-"""Draw time against the share of pairs kept, from what bench_linear_logprob.py has written.
+"""Draw what bench_linear_logprob.py has written: time and memory against T, time against entropy.
 
     python benchmarks/plot_linear_logprob.py benchmarks/results/linear_logprob_cpu_*.json
 
-One panel per dtype: forward and backward as a ratio to materialised PyTorch, the exact backward as
-a line across, `drop_mass` as points.
+The results are of one device and one dtype. Time is that of forward and backward. Against T the
+logits are Gaussian, the worst case of `drop_mass`; against entropy each of its points names the
+share f of (row, tile) pairs that it kept, since the entropy alone does not decide that.
 """
 
 import json
@@ -15,8 +16,61 @@ import typer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 
 IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "head_time.png"
+LABELS = {"torch": "materialised PyTorch", "torch.compile": "torch.compile", "cpu": "flowrl, exact"}
+
+
+def label(row: dict) -> str:
+    if row["drop_mass"] > 0:
+        return f"flowrl, drop_mass {row['drop_mass']:.1e}"
+    return LABELS.get(row["variant"], row["variant"])
+
+
+def lines(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of each variant, by its label; colours stay the same in all panels."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(label(row), []).append(row)
+    return found
+
+
+def draw_rows(panel: Axes, rows: list[dict], colours: dict[str, str], figure: str) -> None:
+    for name, points in lines(rows).items():
+        points.sort(key=lambda row: row["num_rows"])
+        sizes = [row["num_rows"] for row in points]
+        if figure == "time":
+            values = [row["forward_backward"]["median_ms"] / 1e3 for row in points]
+        else:
+            values = [max(row["extra_mib"], 1.0) for row in points]
+        panel.plot(sizes, values, "o-", color=colours[name], label=name)
+    panel.set(xscale="log", yscale="log", xlabel="rows T")
+    panel.set_xticks(sorted({row["num_rows"] for row in rows}))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("")
+
+
+def draw_entropy(panel: Axes, rows: list[dict], colours: dict[str, str]) -> None:
+    for name, points in lines(rows).items():
+        points.sort(key=lambda row: row["mean_entropy_nats"])
+        nats = [row["mean_entropy_nats"] for row in points]
+        ratios = [row["forward_backward"]["ratio"] for row in points]
+        panel.plot(nats, ratios, "o-", color=colours[name], label=name)
+        for x, y, row in zip(nats, ratios, points, strict=True):
+            if row["drop_mass"] > 0:
+                panel.annotate(
+                    f"f {row['kept_share']:.2g}",
+                    (x, y),
+                    xytext=(0, -11),
+                    textcoords="offset points",
+                    fontsize=7,
+                    ha="center",
+                    color=colours[name],
+                )
+    panel.set(xlabel="mean entropy of the softmax, nats", ylabel="time / materialised PyTorch")
+    panel.set_ylim(bottom=0)
 
 
 def main(
@@ -25,37 +79,31 @@ def main(
 ) -> None:
     reports = [json.loads(path.read_text()) for path in paths]
     rows = [row for report in reports for row in report["results"]]
-    dtypes = sorted({row["dtype"] for row in rows}, reverse=True)
-    figure, panels = plt.subplots(
-        1, len(dtypes), figsize=(5 * len(dtypes), 3.6), sharey=True, squeeze=False
-    )
-    for panel, dtype in zip(panels[0], dtypes, strict=True):
-        chosen = [row for row in rows if row["dtype"] == dtype]
-        for drop_mass in sorted({row["drop_mass"] for row in chosen} - {0.0}):
-            points = sorted(
-                (row["kept_share"], row["forward_backward"]["ratio"])
-                for row in chosen
-                if row["drop_mass"] == drop_mass
-            )
-            label = f"drop_mass = {drop_mass:.1e}"
-            panel.plot(*zip(*points, strict=True), "o-", label=label)
-        exact = [r["forward_backward"]["ratio"] for r in chosen if r["variant"] == "cpu"]
-        if exact:
-            panel.axhspan(min(exact), max(exact), color="0.85", label="exact, all inputs")
-        panel.axhline(1, color="0.4", linewidth=1, linestyle="--", label="materialised PyTorch")
-        panel.set(xscale="log", xlabel="share of (row, tile) pairs kept", title=dtype)
-        panel.set_ylim(bottom=0)
+    if len({row["dtype"] for row in rows} | {r["environment"]["device"] for r in reports}) != 2:
+        raise ValueError("the results are of several dtypes or devices; draw them one by one")
+    against_rows = [r for r in rows if r["states"] is None and r["peak"] == 0]
+    against_entropy = [r for r in rows if r["entropy"] > 0]
+    names = sorted({label(row) for row in rows})
+    colours = {name: f"C{place}" for place, name in enumerate(names)}
+    figure, panels = plt.subplots(1, 3, figsize=(13, 3.9))
+    draw_rows(panels[0], against_rows, colours, "time")
+    panels[0].set(ylabel="forward and backward, s", title="time against T")
+    draw_rows(panels[1], against_rows, colours, "memory")
+    panels[1].set(ylabel="MiB beyond the gradients", title="memory against T")
+    draw_entropy(panels[2], against_entropy, colours)
+    panels[2].set(title=f"time against entropy, T {against_entropy[0]['num_rows']}")
+    handles = {}
+    for panel in panels:
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("forward and backward / PyTorch")
-    panels[0][-1].legend(fontsize=8)
-    facts = reports[0]["environment"]
-    first = rows[0]
+        handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=6, fontsize=8)
+    facts, first = reports[0]["environment"], rows[0]
     figure.suptitle(
-        f"Head of T {first['num_rows']}, H {first['hidden_size']}, V {first['vocab_size']}; "
-        f"{facts['device']}, {facts['threads']} threads",
+        f"Head of H {first['hidden_size']}, V {first['vocab_size']}, {first['dtype']}; "
+        f"{facts['device']} ({facts['cpu_capability']}), {facts['threads']} threads",
         fontsize=10,
     )
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(image, dpi=120)
     print(image)
 

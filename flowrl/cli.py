@@ -149,6 +149,9 @@ def bench_head(
     drop_mass: Annotated[list[float] | None, typer.Option(help="adds a variant with it")] = None,
     logit_std: Annotated[float, typer.Option(help="spread of Gaussian logits")] = 3.0,
     peak: Annotated[float, typer.Option(help="> 0: fall of the logits with the rank")] = 0.0,
+    entropy: Annotated[
+        list[float] | None, typer.Option(help="nats that the peaked logits are scaled to")
+    ] = None,
     temperature: Annotated[
         list[float] | None, typer.Option(help="SmolLM2's own states, sampled at it")
     ] = None,
@@ -177,6 +180,7 @@ def bench_head(
         dtype or ["float32", "bfloat16"],
         logit_std=logit_std,
         peak=peak,
+        entropies=entropy or [],
         temperatures=temperature or [],
         states=states,
         device=where,

@@ -50,6 +50,13 @@ def test_mean_entropy_is_that_of_the_logits(case: Case) -> None:
     assert found["mean_entropy_nats"] == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("entropy", [0.1, 0.75, 2.5])
+def test_peaked_logits_are_scaled_to_the_entropy_asked_for(entropy: float) -> None:
+    inputs = make_inputs(replace(PEAKED, entropy=entropy), CPU)
+    found = measure.errors(variants.materialised, inputs, is_per_token=True)
+    assert found["mean_entropy_nats"] == pytest.approx(entropy, rel=1e-3)
+
+
 def test_errors_take_rows_from_the_whole_batch() -> None:
     case = replace(SMALL, num_rows=3 * measure.CHECKED_ROWS, vocab_size=40)
     seen = []
@@ -180,8 +187,9 @@ def test_run_from_end_to_end(tmp_path: Path) -> None:
         (["--dtype", "int8"], "no dtype ['int8']; there are float32"),
         (["--variant", "nobody"], "no variant ['nobody']; there are torch, cpu"),
         (["--head", "llama-3-8b", "--temperature", "1"], "samples from smollm2-135m"),
+        (["--entropy", "0.5"], "scales peaked logits"),
     ],
-    ids=["head", "dtype", "variant", "temperature"],
+    ids=["head", "dtype", "variant", "temperature", "entropy"],
 )
 def test_unknown_names_are_refused(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["bench", "kernels", *arguments])

@@ -46,13 +46,15 @@ class Case:
     peak: float = 0.0
     states: str | None = None
     temperature: float = 1.0  # of the sampling, with `states` only
+    entropy: float = 0.0  # mean nats that peaked logits are scaled to; 0: as they are
 
     @property
     def distribution(self) -> str:
         if self.states is not None:
             return f"SmolLM2 at temperature {self.temperature:g}"
         if self.peak > 0:
-            return f"peaked, fall {self.peak:g}"
+            scaled = f" scaled to {self.entropy:g} nats" if self.entropy > 0 else ""
+            return f"peaked, fall {self.peak:g}{scaled}"
         return f"Gaussian, std {self.logit_std:g}"
 
 
@@ -66,6 +68,8 @@ def make_inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tenso
         hidden, weight, target = _load_states(case)
     elif case.peak > 0:
         hidden, weight, target = _peaked(case, generator)
+        if case.entropy > 0:
+            hidden *= _scale_for(case.entropy, hidden[:: -(-case.num_rows // 256)], weight)
     else:
         hidden, weight, target = _gaussian(case, generator)
         weight *= case.logit_std
@@ -94,6 +98,18 @@ def _peaked(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor, Ten
         lift = 12 - 2 * order + 0.8 * fall[tokens]
         hidden[:, 1:] += lift[:, None] * weight[tokens, 1:]
     return hidden, weight, target
+
+
+def _scale_for(entropy: float, hidden: Tensor, weight: Tensor) -> float:
+    """The factor by which logits of this mean entropy in nats come from those of `hidden`."""
+    logits = hidden @ weight.t()
+    low, high = 1e-3, 1e3
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        logprobs = (logits * middle).log_softmax(-1)
+        is_flatter = float(-(logprobs.exp() * logprobs).sum(-1).mean()) > entropy
+        low, high = (middle, high) if is_flatter else (low, middle)
+    return middle
 
 
 def _load_states(case: Case) -> tuple[Tensor, Tensor, Tensor]:

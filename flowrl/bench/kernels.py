@@ -216,6 +216,7 @@ def make_cases(
     dtypes: Sequence[str],
     logit_std: float,
     peak: float,
+    entropies: Sequence[float],
     temperatures: Sequence[float],
     states: Path | None,
     device: torch.device,
@@ -223,8 +224,11 @@ def make_cases(
 ) -> list[Case]:
     """All combinations; with `temperatures` on SmolLM2's states, which are sampled if need be.
 
-    Raises ValueError for a name that there is none of, and for states of another head.
+    Raises ValueError for a name that there is none of, for states of another head, and for
+    entropies without peaked logits.
     """
+    if entropies and not (peak > 0 and not temperatures and min(entropies) > 0):
+        raise ValueError("--entropy scales peaked logits: it wants to be > 0, with --peak")
     if unknown := [name for name in heads if name not in HEADS]:
         raise ValueError(f"no head {unknown}; there are {', '.join(HEADS)}")
     if unknown := [name for name in dtypes if name not in GRAD_TOLERANCE]:
@@ -235,6 +239,8 @@ def make_cases(
         Case(num_rows, *HEADS[name], dtype, logit_std, peak)
         for name, num_rows, dtype in product(heads, rows, dtypes)
     ]
+    if entropies:
+        cases = [replace(case, entropy=nats) for case, nats in product(cases, entropies)]
     if not temperatures:
         return cases
     states = states or cache / "smollm2_states.pt"
