@@ -4,6 +4,8 @@ One gather of four numbers per token is all that the forward exchanges, and one 
 states' gradients all that the backward does; logits never exist, as in flowrl.kernels.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,6 +14,9 @@ from torch.autograd.function import once_differentiable
 import flowrl.kernels.linear_logprob  # noqa: F401  registers torch.ops.flowrl
 
 IGNORE_INDEX = -100
+# Of the rows, in the backward: while the gradients of one part's hidden states are summed over the
+# ranks, the next part is computed. More parts would hide more and multiply smaller matrices.
+PARTS = 2
 
 
 def _operators(weight: Tensor):
@@ -97,50 +102,72 @@ class _VocabParallelLogprob(torch.autograd.Function):
     def backward(ctx, grad_logprob: Tensor | None, grad_entropy: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, target, rows, lse, mean_logit, tile_lse, logprob = ctx.saved_tensors
         _, run_backward = _operators(weight)
+        grad_logprob = torch.zeros_like(lse) if grad_logprob is None else grad_logprob[rows]
+        grad_entropy = None if grad_entropy is None else grad_entropy[rows]
+        has_weight_grad, weight_grad = ctx.needs_input_grad[1], ctx.weight_grad
+        if has_weight_grad and weight_grad is None:
+            weight_grad = torch.zeros_like(weight, dtype=lse.dtype)
         dropped_mass: Tensor | None = ctx.dropped_mass
-        dropped = None if dropped_mass is None else torch.zeros_like(lse)
-        grad_hidden, grad_weight = run_backward(
-            hidden,
-            weight,
-            target,
-            ctx.vocab_start,
-            ctx.temperature,
-            lse,
-            mean_logit,
-            tile_lse,
-            torch.zeros_like(lse) if grad_logprob is None else grad_logprob[rows],
-            None if grad_entropy is None else grad_entropy[rows],
-            ctx.drop_mass / ctx.group.size(),  # the bound is the row's, over all shards
-            logprob,
-            IGNORE_INDEX,
-            dropped,
-            ctx.weight_grad,
-            None,
-            ctx.needs_input_grad[1],
-        )
-        # Summed in float32 and rounded once after.
-        if ctx.sequence_parallel:
-            scattered = grad_hidden.new_zeros(ctx.shape).index_copy_(0, rows, grad_hidden)
-            grad_hidden = scattered.new_empty(ctx.shape[0] // ctx.group.size(), ctx.shape[1])
-            work = dist.reduce_scatter_tensor(
-                grad_hidden, scattered, group=ctx.group, async_op=True
-            )
+        if dropped_mass is not None:
+            dropped_mass.zero_()
+
+        num_ranks, num_rows = ctx.group.size(), ctx.shape[0]
+        if ctx.sequence_parallel:  # parts of every rank's share of the rows
+            place, num_places = rows % (num_rows // num_ranks), num_rows // num_ranks
         else:
-            work = dist.all_reduce(grad_hidden, group=ctx.group, async_op=True)
-        if dropped_mass is not None and dropped is not None:
-            dropped_mass.zero_().index_copy_(0, rows, dropped.to(dropped_mass.dtype))
+            place, num_places = torch.arange(len(rows), device=rows.device), len(rows)
+        num_parts = PARTS if num_ranks > 1 else 1
+        borders = [num_places * part // num_parts for part in range(num_parts + 1)]
+        reduced = lse.new_empty(num_places, hidden.shape[1])
+        sums = []
+        for first, end in pairwise(borders):
+            # Rows without a gradient cost the operator nothing, so a part costs its own rows only.
+            is_elsewhere = (place < first) | (place >= end)
+            dropped = None if dropped_mass is None else torch.zeros_like(lse)
+            grad_hidden, _ = run_backward(
+                hidden,
+                weight,
+                target,
+                ctx.vocab_start,
+                ctx.temperature,
+                lse,
+                mean_logit,
+                tile_lse,
+                grad_logprob.masked_fill(is_elsewhere, 0),
+                None if grad_entropy is None else grad_entropy.masked_fill(is_elsewhere, 0),
+                ctx.drop_mass / num_ranks,  # the bound is the row's, over all shards
+                logprob,
+                IGNORE_INDEX,
+                dropped,
+                weight_grad,
+                None,
+                has_weight_grad,
+            )
+            if dropped_mass is not None and dropped is not None:
+                dropped_mass.index_add_(0, rows, dropped.to(dropped_mass.dtype))
+            # Summed in float32 and rounded once after.
+            part = reduced[first:end]
+            if ctx.sequence_parallel:
+                whole = grad_hidden.new_zeros(ctx.shape).index_copy_(0, rows, grad_hidden)
+                whole = whole.view(num_ranks, num_places, -1)[:, first:end].flatten(0, 1)
+                work = dist.reduce_scatter_tensor(part, whole, group=ctx.group, async_op=True)
+            else:
+                part.copy_(grad_hidden[first:end])
+                work = dist.all_reduce(part, group=ctx.group, async_op=True)
+            assert work is not None
+            sums.append(work)
+        for work in sums:
+            work.wait()
+        grad_hidden = reduced.to(hidden.dtype)
+        if not ctx.sequence_parallel:
+            grad_hidden = grad_hidden.new_zeros(ctx.shape).index_copy_(0, rows, grad_hidden)
         if ctx.weight_grad is not None:
             # Not none, because Megatron's data-parallel hooks wait for a gradient, and zero,
             # because they add it to main_grad where the weight is also the embedding's.
-            grad_weight = torch.zeros_like(weight)
-        assert work is not None
-        work.wait()
-        grad_hidden = grad_hidden.to(hidden.dtype)
-        if not ctx.sequence_parallel:
-            grad_hidden = grad_hidden.new_zeros(ctx.shape).index_copy_(0, rows, grad_hidden)
+            weight_grad = torch.zeros_like(weight)
         return (
             grad_hidden,
-            grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            weight_grad.to(weight.dtype) if has_weight_grad else None,
             *(None,) * 10,
         )
 
