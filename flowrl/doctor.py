@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from flowrl.kernels import _native
+from flowrl.rewards.sandbox.client import isolation_level
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def check_machine() -> list[Check]:
             "" if library else "make install (needs a C++ compiler)",
             library is not None,
         ),
+        _check_sandbox(),
     ]
 
 
@@ -206,6 +208,13 @@ def _check_cuda() -> Check:
         f"{_bf16(torch.cuda.is_bf16_supported(including_emulation=False))}"
     )
     return Check("machine", "CUDA", found, "training of real models", "", True)
+
+
+def _check_sandbox() -> Check:
+    level, problem = isolation_level()
+    found = f"{level or 'missing'}{f' ({problem})' if problem else ''}"
+    remedy = "" if level else "allow unprivileged user namespaces, or run Linux 5.13 with Landlock"
+    return Check("machine", "code sandbox", found, "reward.function=code", remedy, bool(level))
 
 
 def _bf16(is_supported: bool) -> str:

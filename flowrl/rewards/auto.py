@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-from flowrl.rewards import dapo_math, exact, expression, gym, math_verify, numeric
+from flowrl.rewards import code, dapo_math, exact, expression, gym, math_verify, numeric
 
 # The functions a row may name itself, in extra_info["reward"] or as its data_source.
 BY_NAME: dict[str, Callable[..., Any]] = {
@@ -14,6 +14,7 @@ BY_NAME: dict[str, Callable[..., Any]] = {
     "dapo_math": dapo_math.compute_score,
     "math_verify": math_verify.compute_score,
     "gym": gym.compute_score,
+    "code": code.compute_score,
 }
 
 BY_SOURCE: dict[str, str] = {
@@ -34,6 +35,24 @@ BY_SOURCE: dict[str, str] = {
     "addition": "numeric",
     "multiplication": "numeric",
     "letter_count": "numeric",
+    "taco": "code",
+    "BAAI/TACO": "code",
+    "apps": "code",
+    "codeparrot/apps": "code",
+    "codecontests": "code",
+    "deepmind/code_contests": "code",
+    "codeforces": "code",
+    "primeintellect": "code",
+    "livecodebench": "code",
+    "livecodebench/code_generation_lite": "code",
+    "humaneval": "code",
+    "humanevalplus": "code",
+    "evalplus/humanevalplus": "code",
+    "openai/openai_humaneval": "code",
+    "mbpp": "code",
+    "mbppplus": "code",
+    "evalplus/mbppplus": "code",
+    "google-research-datasets/mbpp": "code",
 }
 
 BY_PREFIX: dict[str, str] = {

@@ -83,6 +83,7 @@ class RewardPool:
         self._timeout_s = timeout_s
         self._failure_score = failure_score
         self._last_batch: Counter[str] = Counter()
+        self._last_reasons: Counter[str] = Counter()
         self._logged: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
         hello = {
@@ -130,9 +131,14 @@ class RewardPool:
         return results
 
     def metrics(self) -> dict[str, float]:
-        """Fractions of the last batch that failed: reward/timeout, crash, exception, invalid."""
+        """Fractions of the last batch that failed: reward/timeout, crash, exception, invalid.
+
+        With code rewards also reward/code/<reason>, for every reason that occurred.
+        """
         num_requests = max(self._last_batch["requests"], 1)
-        return {f"reward/{name}": self._last_batch[name] / num_requests for name in FAILURES}
+        counts = {name: self._last_batch[name] for name in FAILURES}
+        counts |= {f"code/{reason}": number for reason, number in self._last_reasons.items()}
+        return {f"reward/{name}": number / num_requests for name, number in counts.items()}
 
     def close(self) -> None:
         """Ends the workers and everything in their process groups; a second call does nothing."""
@@ -146,8 +152,10 @@ class RewardPool:
 
     def _count(self, results: list[RewardResult]) -> None:
         batch = Counter(result.failure for result in results if result.failure is not None)
+        reasons = Counter(str(r.extra["code_reason"]) for r in results if "code_reason" in r.extra)
         with self._lock:
             self._last_batch = Counter({**batch, "requests": len(results)})
+            self._last_reasons = reasons
             for name, number in self._last_batch.items():
                 self.counts[name] += number
             for result in results:
