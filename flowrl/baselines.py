@@ -29,8 +29,9 @@ def set_advantages(config: Config, samples: Sequence[Sample]) -> None:
     Over the whole batch, because groups and whitening reach beyond a mini-batch.
     """
     algorithm, batch = config.algorithm, pack(samples)
-    mask, cu_seqlens = batch.loss_mask, batch.cu_seqlens
-    scores = torch.tensor([s.score for s in samples], dtype=torch.float32)
+    # Of all response tokens: what the loss leaves out is part of the trajectory all the same.
+    mask, cu_seqlens = batch.response_mask, batch.cu_seqlens
+    scores = torch.tensor([s.shaped_score for s in samples], dtype=torch.float32)
     returns = None
     if algorithm.objective == "grpo":
         normalized = batch.rewards
@@ -81,6 +82,7 @@ def baseline_objective(config: Config) -> Objective:
             batch.cu_seqlens,
             ref_logprobs=batch.ref_logprobs if actor.use_kl_loss else None,
             entropy=outputs.entropy,
+            token_weights=batch.token_weights,
             clip_low=actor.clip_ratio_low,
             clip_high=actor.clip_ratio_high,
             clip_ratio_c=actor.clip_ratio_c,

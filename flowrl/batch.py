@@ -25,6 +25,7 @@ class Sample:
     group_id: int
     is_truncated: bool = False  # the length limit ended it
     score: float = 0.0  # as the verifier gave it
+    overlong_penalty: float = 0.0  # at most 0, added to the score before all else
     reward: float = 0.0  # group-normalised score
     old_logprobs: Tensor | None = None  # [|y|] float32
     ref_logprobs: Tensor | None = None  # [|y|] float32
@@ -32,10 +33,29 @@ class Sample:
     values: Tensor | None = None  # [|y|] float32, the critic's before its update
     returns: Tensor | None = None  # [|y|] float32, what the critic should have said
     vargrad_log_z: float = 0.0
+    loss_mask: Tensor | None = None  # [|y|] bool, tokens that count in the loss; None: all
+    token_weights: Tensor | None = None  # [|y|] float32, importance weights of a token's loss
+    sequence_weight: float = 1.0  # the same for a loss of the whole response
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def shaped_score(self) -> float:
+        """What advantages and normalised rewards are made of."""
+        return self.score + self.overlong_penalty
+
+    @property
+    def kept_tokens(self) -> Tensor:
+        """[|y|] bool, the loss mask."""
+        if self.loss_mask is None:
+            return torch.ones(len(self.response_ids), dtype=torch.bool)
+        return self.loss_mask
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return len(self.response_ids) if self.loss_mask is None else int(self.loss_mask.sum())
 
 
 @dataclass
@@ -48,7 +68,8 @@ class PackedBatch:
     trunk_ids: Tensor  # [U] int64, tokens of the trunk
     trunk_positions: Tensor  # [U] int64, their positions in their sequence
     cu_seqlens: Tensor  # [B + 1] int32
-    loss_mask: Tensor  # [N] bool, response tokens
+    response_mask: Tensor  # [N] bool, response tokens
+    loss_mask: Tensor  # [N] bool, those of them that count in the loss
     prompt_mask: Tensor  # [N] bool, prompt tokens
     last_prompt_token: Tensor  # [B] int64, index into N
     rollout_logprobs: Tensor  # [N] float32, 0 outside responses
@@ -57,6 +78,8 @@ class PackedBatch:
     advantages: Tensor | None  # [N] float32, likewise
     values: Tensor | None  # [N] float32, likewise
     returns: Tensor | None  # [N] float32, likewise
+    token_weights: Tensor | None  # [N] float32, likewise
+    sequence_weights: Tensor  # [B] float32
     rewards: Tensor  # [B] float32, group-normalised
     group_ids: Tensor  # [B] int64
     vargrad_log_z: Tensor  # [B] float32
@@ -127,7 +150,8 @@ def pack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Packe
         trunk_ids=input_ids[owns_row],
         trunk_positions=position_ids[owns_row],
         cu_seqlens=cu_seqlens,
-        loss_mask=~prompt_mask,
+        response_mask=~prompt_mask,
+        loss_mask=_scatter(samples, [s.kept_tokens for s in samples], num_tokens) != 0,
         prompt_mask=prompt_mask,
         last_prompt_token=starts + prompt_lengths - 1,
         rollout_logprobs=_scatter(
@@ -138,6 +162,8 @@ def pack(samples: Sequence[Sample], device: torch.device | str = "cpu") -> Packe
         advantages=gather("advantages"),
         values=gather("values"),
         returns=gather("returns"),
+        token_weights=gather("token_weights"),
+        sequence_weights=torch.tensor([s.sequence_weight for s in samples]),
         rewards=torch.tensor([s.reward for s in samples]),
         group_ids=torch.tensor([s.group_id for s in samples]),
         vargrad_log_z=torch.tensor([s.vargrad_log_z for s in samples]),
@@ -152,7 +178,7 @@ def response_values(batch: PackedBatch, values: Tensor) -> list[Tensor]:
     """Cut a per-token tensor [N] into one tensor [|y|] per sequence, on the CPU."""
     lengths = batch.cu_seqlens.diff().tolist()
     pieces = values.detach().cpu().split(lengths)
-    masks = batch.loss_mask.cpu().split(lengths)
+    masks = batch.response_mask.cpu().split(lengths)
     return [piece[mask].clone() for piece, mask in zip(pieces, masks, strict=True)]
 
 

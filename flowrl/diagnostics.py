@@ -8,6 +8,7 @@ from torch import Tensor
 from flowrl.batch import Sample
 from flowrl.interface import MicroBatchResult
 from flowrl.metrics import mean_min_max
+from flowrl.objectives.correction import effective_sample_size
 
 
 def stationary_log_z(
@@ -80,10 +81,13 @@ def token_metrics(results: Iterable[MicroBatchResult]) -> dict[str, float]:
     """
     entropy, drift, dropped = [], [], []
     for result in results:
-        mask, old = result.batch.loss_mask, result.batch.old_logprobs
+        mask, old = result.batch.response_mask, result.batch.old_logprobs
         entropy.append(result.entropy[mask].double())
-        policy = result.logprobs[mask].double()
-        drift.append(torch.zeros_like(policy) if old is None else old[mask].double() - policy)
+        if old is None:
+            drift.append(torch.zeros_like(entropy[-1]))
+        else:  # a rollout engine's may be missing, see mismatch/nonfinite_tokens
+            known = mask & old.isfinite()
+            drift.append(old[known].double() - result.logprobs[known].double())
         if result.dropped_mass is not None:
             dropped.append(result.dropped_mass)
     metrics = {
@@ -98,19 +102,39 @@ def token_metrics(results: Iterable[MicroBatchResult]) -> dict[str, float]:
 def mismatch_metrics(results: Iterable[MicroBatchResult]) -> dict[str, float]:
     """The policy, before any update, against the rollout engine on the tokens it sampled.
 
-    mismatch/kl estimates KL(rollout || policy) per token by the mean of exp(d) - 1 - d with
-    d = log pi_policy - log pi_rollout (k3 of http://joschu.net/blog/kl-approx.html).
+    With d = log pi_policy - log pi_rollout of a token:
+
+    mismatch/kl                estimate of KL(rollout || policy) per token, the mean of
+                               exp(d) - 1 - d (k3 of http://joschu.net/blog/kl-approx.html)
+    mismatch/ess, ess_sequence effective sample size of exp(d) over tokens, of its products over
+                               sequences, as shares of their numbers
+    mismatch/nonfinite_tokens  number of tokens whose d is not finite; the others leave them out
     """
-    differences = []
+    tokens, sequences, num_nonfinite = [], [], 0
     for result in results:
-        difference = result.logprobs.double() - result.batch.rollout_logprobs.double()
-        differences.append(difference[result.batch.loss_mask])
-    difference = torch.cat(differences)
-    return {
-        "mismatch/logprob_abs_diff_mean": float(difference.abs().mean()),
-        "mismatch/logprob_abs_diff_max": float(difference.abs().max()),
-        "mismatch/kl": float((difference.exp() - 1 - difference).mean()),
-    }
+        batch = result.batch
+        difference = result.logprobs.double() - batch.rollout_logprobs.double()
+        is_bad = batch.response_mask & ~difference.isfinite()
+        num_nonfinite += int(is_bad.sum())
+        tokens.append(difference[batch.response_mask & ~is_bad])
+        of_sequence = torch.segment_reduce(
+            torch.where(batch.response_mask, difference, 0.0),
+            "sum",
+            offsets=batch.cu_seqlens.long(),
+            unsafe=True,
+        )
+        sequences.append(of_sequence[of_sequence.isfinite()])
+    metrics = {"mismatch/nonfinite_tokens": float(num_nonfinite)}
+    difference = torch.cat(tokens)
+    if len(difference):
+        metrics |= {
+            "mismatch/logprob_abs_diff_mean": float(difference.abs().mean()),
+            "mismatch/logprob_abs_diff_max": float(difference.abs().max()),
+            "mismatch/kl": float((difference.exp() - 1 - difference).mean()),
+            "mismatch/ess": effective_sample_size(difference),
+            "mismatch/ess_sequence": effective_sample_size(torch.cat(sequences)),
+        }
+    return metrics
 
 
 def rollout_metrics(

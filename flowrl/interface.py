@@ -75,5 +75,5 @@ def normalizer_count(normalizer: Normalizer, samples: Sequence[Sample]) -> float
     if normalizer == "sequences":
         return len(samples)
     if normalizer == "tokens":
-        return max(sum(len(s.response_ids) for s in samples), 1)
+        return max(sum(s.num_loss_tokens for s in samples), 1)
     return normalizer

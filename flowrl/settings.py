@@ -6,21 +6,35 @@ Names follow veRL where veRL has one. `flowrl.config` reads them from YAML and t
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Moment = Annotated[float, Field(ge=0, lt=1)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from flowrl.settings_base import (
+    Moment,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from flowrl.settings_selection import (
+    FilterGroupsConfig,
+    OverlongBufferConfig,
+    RolloutCorrectionConfig,
+)
 
 BASELINES = ("grpo", "ppo", "reinforce_pp", "reinforce_pp_baseline")
 
-
-class Section(BaseModel):
-    """A part of the configuration that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+# Keys of `rollout` that only vLLM reads, and those that only its servers read.
+VLLM_SETTINGS = (
+    "verify_weights",
+    "gpu_memory_utilization",
+    "tensor_model_parallel_size",
+    "enforce_eager",
+    "enable_prefix_caching",
+    "max_model_len",
+    "free_cache_engine",
+)
+SERVER_SETTINGS = ("servers", "request_timeout_s", "max_retries", "weight_transfer", "weight_dir")
 
 
 class DataConfig(Section):
@@ -57,13 +71,43 @@ class ModelConfig(Section):
 class RolloutConfig(Section):
     """How responses are sampled."""
 
-    engine: Literal["transformers"] = Field("transformers", description="generation engine")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="who generates: the trained model itself, or vLLM"
+    )
     n: PositiveInt = Field(8, description="responses per prompt, the group size")
     temperature: PositiveFloat = Field(1.0, description="sampling temperature")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus mass; 1: off")
     top_k: int = Field(-1, ge=-1, description="keep the k likeliest tokens; -1: off")
     stop: list[str] = Field([], description="strings that end a response (kept in it)")
     max_num_seqs: PositiveInt = Field(256, description="sequences decoded together")
+    verify_weights: bool = Field(
+        True, description="vllm: after each publication, hold its log-probs against the policy's"
+    )
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="vllm: share of the GPU for its weights and KV cache"
+    )
+    tensor_model_parallel_size: PositiveInt = Field(
+        1, description="vllm: GPUs that share its model; more than 1 only for servers"
+    )
+    enforce_eager: bool = Field(False, description="vllm: no CUDA graphs; on a CPU always so")
+    enable_prefix_caching: bool = Field(True, description="vllm: compute a shared prompt once")
+    max_model_len: PositiveInt | None = Field(
+        None, description="vllm: tokens of a sequence; unset: prompt limit + response limit"
+    )
+    free_cache_engine: bool = Field(
+        False, description="vllm: give its GPU memory back while it does not generate"
+    )
+    servers: list[str] = Field(
+        [], description="URLs of vLLM servers; empty: vLLM runs in the trainer's process"
+    )
+    request_timeout_s: PositiveFloat = Field(600.0, description="servers: limit per request")
+    max_retries: NonNegativeInt = Field(2, description="servers: further tries of a request")
+    weight_transfer: Literal["disk", "nccl"] = Field(
+        "disk", description="servers: how they receive weights"
+    )
+    weight_dir: str | None = Field(
+        None, description="servers: folder that they and the trainer see; unset: a temporary one"
+    )
 
 
 class OptimConfig(Section):
@@ -222,6 +266,11 @@ class AlgorithmConfig(Section):
         False, description="ppo, reinforce_pp: take a KL to the reference off every token's reward"
     )
     kl_coef: NonNegativeFloat = Field(0.001, description="its coefficient")
+    mask_truncated: bool = Field(
+        False, description="leave responses that the length limit ended out of the loss"
+    )
+    rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()  # pyright: ignore[reportCallIssue]
+    filter_groups: FilterGroupsConfig = FilterGroupsConfig()  # pyright: ignore[reportCallIssue]
 
 
 class RewardConfig(Section):
@@ -234,6 +283,7 @@ class RewardConfig(Section):
     correct_threshold: float = Field(
         1.0, allow_inf_nan=False, description="scores from here on count as correct"
     )
+    overlong_buffer: OverlongBufferConfig = OverlongBufferConfig()  # pyright: ignore[reportCallIssue]
 
 
 class ValidationConfig(Section):
@@ -314,13 +364,45 @@ class Config(Section):
                 "must divide by the truncated distribution that was sampled from; use top_p=1 "
                 "top_k=-1, or flow.old_logprobs=rollout"
             )
+        if rollout.max_model_len is not None and rollout.max_model_len < longest:
+            raise ValueError(
+                f"rollout.max_model_len = {rollout.max_model_len} is below data.max_prompt_length "
+                f"+ data.max_response_length = {longest}; raise it, or leave it unset"
+            )
         self._refuse_idle_settings()
+        self._refuse_idle_engine_settings()
+        self._check_selection()
         if actor.strategy == "torch" and self.parallel.model_size > 1:
             raise ValueError(
                 f"actor.strategy = torch runs in one process, but `parallel` asks for "
                 f"{self.parallel.model_size}; use actor.strategy=megatron under torchrun"
             )
         return self
+
+    def _check_selection(self) -> None:
+        """Refuse choices of samples and weights that the rest of the settings contradicts."""
+        algorithm, data, buffer = self.algorithm, self.data, self.reward.overlong_buffer
+        if algorithm.rollout_correction.is_on and self.flow.old_logprobs == "rollout":
+            raise ValueError(
+                "algorithm.rollout_correction has no effect with flow.old_logprobs = rollout: the "
+                "engine's log-probs are then the old policy's, so their ratio is 1; use policy"
+            )
+        weighs_tokens = algorithm.rollout_correction.rollout_is == "token"
+        if weighs_tokens and algorithm.objective == "flow_balance":
+            raise ValueError(
+                "algorithm.rollout_correction.rollout_is = token: flow_balance has one loss per "
+                "sequence and no token to weigh; use sequence or geometric"
+            )
+        if algorithm.filter_groups.enable and self.rollout.n == 1:
+            raise ValueError(
+                "algorithm.filter_groups.enable drops groups whose scores agree, and a group of "
+                "rollout.n = 1 always does: raise it, or turn the filter off"
+            )
+        if buffer.enable and buffer.len > data.max_response_length:
+            raise ValueError(
+                f"reward.overlong_buffer.len = {buffer.len} exceeds data.max_response_length = "
+                f"{data.max_response_length}: lower it"
+            )
 
     def _refuse_idle_settings(self) -> None:
         """Refuse settings that the chosen objective would silently ignore."""
@@ -337,6 +419,22 @@ class Config(Section):
                     f"{key} = {value} has no effect on algorithm.objective = {objective}; it is "
                     f"for {', '.join(objectives)}"
                 )
+
+    def _refuse_idle_engine_settings(self) -> None:
+        """Refuse settings that the chosen rollout engine would silently ignore."""
+        rollout = self.rollout
+        if rollout.engine == "transformers":
+            idle = VLLM_SETTINGS + SERVER_SETTINGS
+            needed = "rollout.engine=vllm"
+        elif rollout.servers:
+            idle, needed = ("free_cache_engine",), "vLLM in this process: leave out rollout.servers"
+        else:
+            idle = ("tensor_model_parallel_size", *SERVER_SETTINGS)
+            needed = "rollout.engine=vllm with rollout.servers"
+        for key in idle:
+            value = getattr(rollout, key)
+            if value != RolloutConfig.model_fields[key].default:
+                raise ValueError(f"rollout.{key} = {value} has no effect here; it needs {needed}")
 
     @property
     def run_dir(self) -> Path:

@@ -5,6 +5,7 @@ Every random draw depends on (seed, step) alone, so a resumed run repeats an uni
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Literal
 
@@ -30,10 +31,18 @@ from flowrl.interface import MicroBatchResult, Objective, TokenOutputs
 from flowrl.metrics import Timer
 from flowrl.objectives.flow_balance import flow_balance_loss, vargrad_log_z
 from flowrl.parts import resolve_flow, step_seed
-from flowrl.rewards import RewardResult, group_normalize
+from flowrl.rewards import RewardResult
 from flowrl.rollout import Response
 from flowrl.run import Interrupt, Run, save, start
+from flowrl.sampling import Group, collect_groups, make_groups
 from flowrl.settings import Config
+from flowrl.shaping import (
+    correct_rollout,
+    mask_truncated,
+    mask_unknown,
+    normalize_rewards,
+    punish_overlong,
+)
 from flowrl.tasks import TokenizedPrompt
 
 
@@ -59,19 +68,20 @@ def training_step(run: Run) -> dict[str, float]:
     """Sample, score, normalise, take log-probs, update, publish; return the step's metrics."""
     config = run.config
     started = time.perf_counter()
-    seed = step_seed(config.trainer.seed, run.step)
-    torch.manual_seed(seed)  # Z's dropout
+    torch.manual_seed(step_seed(config.trainer.seed, run.step))  # Z's dropout
     timings: dict[str, float] = {}
 
-    run.console.phase("generating")
-    prompts = [run.train_prompts[i] for i in run.sampler.next_batch()]
-    with Timer("gen", timings):
-        responses = run.engine.generate([p.token_ids for p in prompts], run.sampling, seed)
-
-    run.console.phase("scoring")
-    with Timer("reward", timings):
-        texts, scores = score_responses(run.tokenizer, run.rewards, prompts, responses)
-    samples = make_samples(prompts, responses, scores, config.algorithm.unbiased_std)
+    groups, shaping_metrics = collect_groups(config, partial(roll_out, run, timings))
+    samples = make_samples(
+        [group.prompt for group in groups],
+        [group.responses for group in groups],
+        [score for group in groups for score in group.scores],
+        config.algorithm.unbiased_std,
+    )
+    if config.reward.overlong_buffer.enable:
+        shaping_metrics |= punish_overlong(config, samples)
+    if config.algorithm.mask_truncated:
+        mask_truncated(samples)
 
     run.console.phase("reference")
     with Timer("ref", timings):
@@ -82,10 +92,13 @@ def training_step(run: Run) -> dict[str, float]:
     )
     if config.flow.old_logprobs == "rollout":
         set_logprobs(samples, "old_logprobs", [torch.tensor(s.rollout_logprobs) for s in samples])
+        mask_unknown(samples)
     elif num_updates > 1 or needs_old_logprobs(config):  # else the update's forward gives them
         run.console.phase("old policy")
         with Timer("old_log_prob", timings):
             set_logprobs(samples, "old_logprobs", run.policy.logprobs(samples))
+    if config.algorithm.rollout_correction.is_on:
+        shaping_metrics |= correct_rollout(config.algorithm.rollout_correction, samples)
 
     critic_metrics: dict[str, float] = {}
     if config.algorithm.objective == "flow_balance":
@@ -113,21 +126,39 @@ def training_step(run: Run) -> dict[str, float]:
             num_skipped += not is_applied
 
     with Timer("update_weights", timings):
-        run.engine.publish(run.policy.named_weights(), version=run.step + 1)
+        run.publish(version=run.step + 1)
     run.step += 1
     return {
-        **rollout_metrics(samples, texts, config.reward.correct_threshold),
+        **rollout_metrics(
+            samples,
+            [text for group in groups for text in group.texts],
+            config.reward.correct_threshold,
+        ),
         **objective_metrics(config, list(chain(*updates))),
         **token_metrics(chain(*updates)),
         **mismatch_metrics(updates[0]),  # the first: the policy has not moved yet
         **critic_metrics,
         **run.rewards.metrics(),
+        **shaping_metrics,
         "actor/grad_norm": sum(grad_norms) / len(grad_norms),
         "actor/skipped_updates": num_skipped,
         "actor/lr": run.policy.optimizer.lr,
         **timings,
         **throughput_metrics(samples, time.perf_counter() - started),
     }
+
+
+def roll_out(run: Run, timings: dict[str, float], batch: int) -> list[Group]:
+    """Draw prompts, sample their responses and score them; `batch` counts within the step."""
+    seed = step_seed(run.config.trainer.seed, run.step, batch)
+    run.console.phase("generating")
+    prompts = [run.train_prompts[i] for i in run.sampler.next_batch()]
+    with Timer("gen", timings):
+        responses = run.engine.generate([p.token_ids for p in prompts], run.sampling, seed)
+    run.console.phase("scoring")
+    with Timer("reward", timings):
+        texts, scores = score_responses(run.tokenizer, run.rewards, prompts, responses)
+    return make_groups(prompts, responses, texts, scores)
 
 
 def make_samples(
@@ -138,12 +169,7 @@ def make_samples(
 ) -> list[Sample]:
     """Pair every response with its prompt and its reward, normalised within the prompt's group."""
     pairs = [(g, r) for g, group in enumerate(responses) for r in group]
-    rewards = group_normalize(
-        torch.tensor([s.score for s in scores], dtype=torch.float64),
-        torch.tensor([g for g, _ in pairs]),
-        unbiased=unbiased_std,
-    )
-    return [
+    samples = [
         Sample(
             prompt_ids=prompts[group].token_ids,
             response_ids=response.token_ids,
@@ -151,10 +177,11 @@ def make_samples(
             is_truncated=response.finish_reason == "length",
             group_id=group,
             score=score.score,
-            reward=reward,
         )
-        for (group, response), score, reward in zip(pairs, scores, rewards.tolist(), strict=True)
+        for (group, response), score in zip(pairs, scores, strict=True)
     ]
+    normalize_rewards(samples, unbiased_std)
+    return samples
 
 
 def set_logprobs(
@@ -177,6 +204,8 @@ def mini_batches(run: Run, samples: Sequence[Sample]) -> Iterator[Sequence[Sampl
 
 def needs_old_logprobs(config: Config) -> bool:
     """Whether something before the update reads the policy's log-probs."""
+    if config.algorithm.rollout_correction.is_on:
+        return True
     if config.algorithm.objective == "flow_balance":
         return config.flow.log_z == "vargrad"
     return config.algorithm.use_kl_in_reward
@@ -205,6 +234,7 @@ def flow_objective(config: Config) -> Objective:
             clip_high=preset.clip_high,
             weight_cap=preset.weight_cap,
             reduce_sums=batch.reduce_sums,
+            sequence_weights=batch.sequence_weights,
         )
 
     return objective

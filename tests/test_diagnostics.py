@@ -192,15 +192,41 @@ def test_token_metrics_of_a_hand_case() -> None:
 
 @pytest.mark.parametrize("old", [True, False], ids=["old known", "old unknown"])
 def test_mismatch_metrics_of_a_hand_case(old: bool) -> None:
-    # Policy minus rollout is -0.25 and -1, whatever the old log-probs are.
+    # Policy minus rollout is -0.25 and -1, whatever the old log-probs are. One token a sequence.
+    ess = (math.exp(-0.25) + math.exp(-1.0)) ** 2 / (2 * (math.exp(-0.5) + math.exp(-2.0)))
     assert mismatch_metrics(iter([token_result(old), token_result(old)])) == pytest.approx(
         {
             "mismatch/logprob_abs_diff_mean": 0.625,
             "mismatch/logprob_abs_diff_max": 1.0,
             "mismatch/kl": (math.exp(-0.25) - 0.75 + math.exp(-1.0)) / 2,
+            "mismatch/ess": ess,
+            "mismatch/ess_sequence": ess,
+            "mismatch/nonfinite_tokens": 0.0,
         },
         rel=1e-6,
     )
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_mismatch_metrics_leave_out_and_count_what_is_not_finite(bad: float) -> None:
+    batch = pack([Sample([1], [2, 3], [-1.0, bad], 0), Sample([1], [2, 3], [-1.0, -2.0], 0)])
+    one = MicroBatchResult(
+        batch=batch,
+        output=ObjectiveOutput(torch.zeros(()), "sequences", {}),
+        log_z=None,
+        logprobs=torch.tensor([9.0, -1.5, -2.0, 9.0, -1.0, -1.75]),
+        entropy=torch.zeros(6),
+        dropped_mass=None,
+    )
+    metrics = mismatch_metrics([one])
+    assert metrics["mismatch/nonfinite_tokens"] == 1
+    assert metrics["mismatch/logprob_abs_diff_mean"] == pytest.approx((0.5 + 0.0 + 0.25) / 3)
+    ratios = [math.exp(-0.5), 1.0, math.exp(0.25)]
+    expected = sum(ratios) ** 2 / (3 * sum(r * r for r in ratios))
+    assert metrics["mismatch/ess"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["mismatch/ess_sequence"] == 1.0  # of the one sequence that is known
+    batch.rollout_logprobs.fill_(bad)
+    assert mismatch_metrics([one]) == {"mismatch/nonfinite_tokens": 4.0}
 
 
 def test_rollout_metrics_of_a_hand_case() -> None:

@@ -16,7 +16,6 @@ from flowrl.objectives.advantages import (
     reinforce_pp_baseline_advantages,
     spread_to_tokens,
     token_rewards,
-    truncated_importance_weights,
 )
 from flowrl.rewards import group_normalize
 
@@ -183,18 +182,6 @@ def test_overlong_penalty_is_the_soft_punishment():
     assert overlong_penalty(lengths, 20480, 4096, 0.5).tolist()[3:] == [-0.25, -0.5, -0.5]
 
 
-@each_dtype
-def test_truncated_importance_weights(dtype):
-    old = torch.tensor([-1.0, -1.0, -1.0, math.nan, 1e4], dtype=dtype)
-    rollout = torch.tensor([-1.0, -1.0 + math.log(2), -2.0, 0.0, 0.0], dtype=dtype)
-    mask = torch.tensor([1, 1, 1, 0, 1])
-    weights = truncated_importance_weights(old, rollout, mask)
-    assert weights.tolist() == pytest.approx([1.0, 0.5, 2.0, 0.0, 2.0], rel=1e-6)
-    capless = truncated_importance_weights(old, rollout, mask, cap=math.inf)
-    assert capless.tolist()[2] == pytest.approx(math.e, rel=1e-6)
-    assert weights.dtype == dtype
-
-
 def _every_token_function():
     scores = torch.tensor([1.0, 2.0, -1.0, 0.5, 1.0, 2.0], dtype=F64)
     return {
@@ -202,7 +189,6 @@ def _every_token_function():
         "token_rewards": lambda a, b, m, c: token_rewards(scores[: len(c) - 1], m, c, a, b, 0.1),
         "masked_whiten": lambda a, b, m, c: masked_whiten(a, m),
         "reinforce_pp": lambda a, b, m, c: reinforce_pp_advantages(a, m, c, 0.9),
-        "weights": lambda a, b, m, c: truncated_importance_weights(a, b, m),
     }
 
 
@@ -228,7 +214,7 @@ def test_nothing_to_train_on(name):
     assert result.numel() == 0
 
 
-@pytest.mark.parametrize("name", ["gae", "token_rewards", "weights"])
+@pytest.mark.parametrize("name", ["gae", "token_rewards"])
 def test_packing_does_not_matter(name):
     function = _every_token_function()[name]
     first, second, mask, cu_seqlens = _batch()
@@ -261,7 +247,6 @@ def test_errors():
         (lambda: group_center(ids, ids), "rewards must be floating point"),
         (lambda: masked_whiten(values, mask[1:]), "loss_mask must have values' shape"),
         (lambda: reinforce_pp_advantages(values, mask, cu_seqlens, 2.0), "gamma must be"),
-        (lambda: truncated_importance_weights(values, values, mask, 0.0), "cap must be > 0"),
         (lambda: overlong_penalty(ids, 8, 9), r"max_response_length = 8\], got 9"),
         (lambda: overlong_penalty(ids, 8, 0), "got 0"),
     ]

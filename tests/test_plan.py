@@ -279,6 +279,10 @@ def test_generation_on_its_own_gpus_by_hand() -> None:
         (["actor.ppo_mini_batch_size=512", "flow.log_z=vargrad"], True),
         (["flow.old_logprobs=rollout"], False),
         (["actor.ppo_mini_batch_size=512", "algorithm.objective=grpo"], False),
+        (
+            ["actor.ppo_mini_batch_size=512", "algorithm.rollout_correction.rollout_rs=token"],
+            True,
+        ),
     ],
 )
 def test_old_logprobs_are_taken_when_the_loop_does(overrides: list[str], expected: bool) -> None:

@@ -137,8 +137,8 @@ class MegatronPolicy:
                 batch=batch,
                 output=output,
                 log_z=log_z,
-                logprobs=zeros.masked_scatter(batch.loss_mask, logprobs),
-                entropy=zeros.masked_scatter(batch.loss_mask, entropy),
+                logprobs=zeros.masked_scatter(batch.response_mask, logprobs),
+                entropy=zeros.masked_scatter(batch.response_mask, entropy),
                 dropped_mass=dropped_mass if self.drop_mass > 0 else None,
             )
         ]

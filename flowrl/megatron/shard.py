@@ -36,14 +36,16 @@ class ShardedBatch:
     target: Tensor  # [N] int64, the next token; -100 where it is none of a response
     rows: Tensor  # [R] int64, where target is not -100
     response_slots: Tensor  # [R] int64, place among the response tokens of the mini-batch
-    num_response_tokens: int  # of whole sequences, not of this rank's part
+    num_loss_tokens: int  # that count in the loss; of whole sequences, not of this rank's part
     prompt_mask: Tensor  # [N] bool, prompt tokens that Z reads
     num_prompt_tokens: Tensor  # [B] int64, of whole sequences
-    loss_mask: Tensor  # [N] bool, true in `rows`
+    loss_mask: Tensor  # [N] bool, those of `rows` that count in the loss
     rollout_logprobs: Tensor  # [N] float32, 0 outside `rows`
     old_logprobs: Tensor | None  # [N] likewise
     ref_logprobs: Tensor | None  # [N] likewise
     advantages: Tensor | None  # [N] likewise
+    token_weights: Tensor | None  # [N] likewise
+    sequence_weights: Tensor  # [B]
     rewards: Tensor  # [B]
     group_ids: Tensor  # [B] int64
     vargrad_log_z: Tensor  # [B]
@@ -143,8 +145,8 @@ def shard(
 
     target = joined(targets)
     rows = (target != IGNORE_INDEX).nonzero()[:, 0]
-    rollout_logprobs = shifted("rollout_logprobs")
-    assert rollout_logprobs is not None
+    rollout_logprobs, kept_tokens = shifted("rollout_logprobs"), shifted("kept_tokens")
+    assert rollout_logprobs is not None and kept_tokens is not None
     batch = ShardedBatch(
         members=members,
         input_ids=joined(input_ids),
@@ -155,14 +157,16 @@ def shard(
         target=target,
         rows=rows,
         response_slots=joined(slots)[rows],
-        num_response_tokens=sum(len(s.response_ids) for s in chosen),
+        num_loss_tokens=sum(s.num_loss_tokens for s in chosen),
         prompt_mask=joined(prompts),
         num_prompt_tokens=torch.stack([p.sum() for p in prompts]),
-        loss_mask=target != IGNORE_INDEX,
+        loss_mask=kept_tokens != 0,
         rollout_logprobs=rollout_logprobs,
         old_logprobs=shifted("old_logprobs"),
         ref_logprobs=shifted("ref_logprobs"),
         advantages=shifted("advantages"),
+        token_weights=shifted("token_weights"),
+        sequence_weights=torch.tensor([s.sequence_weight for s in chosen]),
         rewards=torch.tensor([s.reward for s in chosen]),
         group_ids=torch.tensor([s.group_id for s in chosen]),
         vargrad_log_z=torch.tensor([s.vargrad_log_z for s in chosen]),

@@ -123,7 +123,7 @@ def reported_count(
     if normalizer == "sequences":
         return 1.0, batch.num_sequences
     if normalizer == "tokens":
-        return 1.0, batch.num_response_tokens
+        return 1.0, batch.num_loss_tokens
     return num_filled / normalizer, 1
 
 

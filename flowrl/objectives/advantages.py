@@ -9,8 +9,6 @@ GRPO's advantage is flowrl.rewards.group_normalize, Dr. GRPO's is group_center; 
 and given to its tokens by spread_to_tokens.
 """
 
-import math
-
 import torch
 
 from flowrl.kernels._packed import check_packed, check_same
@@ -188,28 +186,6 @@ def reinforce_pp_baseline_advantages(
     """
     spread = spread_to_tokens(group_center(rewards, group_ids), loss_mask, cu_seqlens)
     return masked_whiten(spread, loss_mask)
-
-
-@torch.no_grad()
-def truncated_importance_weights(
-    old_logprobs: torch.Tensor,
-    rollout_logprobs: torch.Tensor,
-    loss_mask: torch.Tensor,
-    cap: float = 2.0,
-) -> torch.Tensor:
-    """Return [N]: min( pi_old / pi_rollout, cap ) per token, 0 under the mask.
-
-    Truncated importance sampling against the difference between the trainer's and the engine's
-    log-probs of the same weights; verl's tis_imp_ratio_cap. old_logprobs, rollout_logprobs,
-    loss_mask: [N]. Raises ValueError for wrong shapes, dtypes and a cap that is not positive.
-    """
-    if not cap > 0:
-        raise ValueError(f"cap must be > 0, got {cap}")
-    mask = loss_mask != 0
-    _check_tokens(mask, old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs)
-    log_ratio = old_logprobs.double() - rollout_logprobs.double()
-    weights = log_ratio.clamp(max=math.log(cap)).exp()
-    return torch.where(mask, weights, 0.0).to(old_logprobs.dtype)
 
 
 def overlong_penalty(

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from flowrl.kernels._packed import check_same
 from flowrl.kernels.flow_balance import (
     DROPPED,
     TOKENS,
@@ -54,7 +55,7 @@ class FlowBalanceOutput(ObjectiveOutput):
 
     residual: torch.Tensor  # [B] d
     log_weight: torch.Tensor  # [B] log S, before clip or cap
-    weight: torch.Tensor  # [B] w
+    weight: torch.Tensor  # [B] w, times the sequence's weight if it has one
     mean_logprob: torch.Tensor  # [B] mean of log pi over the kept tokens
 
 
@@ -73,6 +74,7 @@ def flow_balance_loss(
     weight_cap: float = 10.0,
     implementation: str | None = None,
     reduce_sums: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    sequence_weights: torch.Tensor | None = None,
 ) -> FlowBalanceOutput:
     """Return the sum over sequences of w d^2 (arXiv 2509.15207, Eq. 6 and 7), with
 
@@ -87,6 +89,10 @@ def flow_balance_loss(
     implementation: None (the device's best), "reference", "triton" or "cpu".
     reduce_sums: where the tokens of a sequence are spread over ranks, the all-reduce of the [B, 5]
     sums over them, whose backward must sum as well; every rank then has the whole loss.
+    sequence_weights: [B] factors u of the loss, None for 1, for responses that pi_old did not
+    sample: the summand is u w d^2, and the diagnostic `weight` is u w. With u = pi_old(y) /
+    pi_rollout(y), truncated (flowrl.objectives.correction), a mean over the engine's responses
+    stands for one over pi_old's. Not in the paper; detached like w.
 
     Gradients flow to policy_logprobs and log_z only. The caller divides by the number of sequences
     of the optimiser step, in which a sequence with an empty mask, with all tokens dropped or
@@ -110,11 +116,20 @@ def flow_balance_loss(
     out = residual_from_sums(
         sums, log_z, rewards, beta, weighting, clip_low, clip_high, weight_cap, implementation
     )
+    loss, weight = out.loss, out.weight
+    if sequence_weights is not None:
+        if sequence_weights.shape != rewards.shape:
+            raise ValueError(
+                f"sequence_weights must have rewards' shape {list(rewards.shape)}, "
+                f"got {list(sequence_weights.shape)}"
+            )
+        check_same("sequence_weights", sequence_weights, "rewards", rewards)
+        loss, weight = loss * sequence_weights.detach(), weight * sequence_weights.detach()
     diagnostics = {
-        "loss": out.loss.detach(),
+        "loss": loss.detach(),
         "residual": out.residual,
         "log_weight": out.log_weight,
-        "weight": out.weight,
+        "weight": weight,
         "mean_logprob": out.mean_logprob,
         "num_tokens": sums[:, TOKENS].detach(),
         "num_dropped_tokens": sums[:, DROPPED].detach(),
@@ -122,12 +137,12 @@ def flow_balance_loss(
         "skipped": out.skipped,
     }
     return FlowBalanceOutput(
-        loss_sum=out.loss.sum(dtype=torch.float64).to(log_z.dtype),
+        loss_sum=loss.sum(dtype=torch.float64).to(log_z.dtype),
         normalizer="sequences",
         diagnostics=diagnostics,
         residual=out.residual,
         log_weight=out.log_weight,
-        weight=out.weight,
+        weight=weight,
         mean_logprob=out.mean_logprob,
     )
 

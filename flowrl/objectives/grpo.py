@@ -65,7 +65,7 @@ def grpo_loss(
     loss_mask: [N] bool, int or float, 1 = response token that counts. cu_seqlens: [B + 1] int32 or
     int64. ref_logprobs: [N], needed when kl_coef > 0. entropy: [N] of the policy, needed when
     entropy_coeff != 0. token_weights: [N] importance weights of the policy gradient alone, see
-    truncated_importance_weights. Floats are all float32 or all float64; sums are float64.
+    flowrl.objectives.correction. Floats are all float32 or all float64; sums are float64.
     clip_high may be math.inf. loss_scale_factor: the constant of seq-mean-token-sum-norm, without
     effect elsewhere. implementation: None (the device's best), "reference", "triton" or "cpu".
     reduce_sums: where the tokens of a sequence are spread over ranks, the all-reduce of [B, k] sums

@@ -18,7 +18,7 @@ from flowrl.plan.memory import (
 )
 from flowrl.plan.search import Candidate, too_large
 from flowrl.plan.sizes import model_parameters
-from flowrl.plan.step_time import PassTime, assumptions
+from flowrl.plan.step_time import ENGINE_MEMORY_SHARE, PassTime, assumptions
 
 NUM_LAYOUTS = 8  # that are shown
 NUM_SPLITS = 4
@@ -49,10 +49,12 @@ def render(plan: Plan) -> Group:
     parts += [_split_table(plan)] if plan.splits else []
     parts.append(_recommendation(plan))
     lines = assumptions(plan.setting.config, plan.setting.workload, plan.setting.is_separate)
-    if plan.setting.is_separate and plan.setting.config.rollout.engine == "transformers":
+    if plan.setting.is_separate:
         lines.append(
-            "rollout.engine = transformers generates on the main rank; GPUs that only generate "
-            "need an engine that serves from them"
+            f"engines are {plan.generation.num_engines} x `flowrl serve` with "
+            f"rollout.tensor_model_parallel_size={plan.generation.gpus_per_engine} "
+            f"rollout.gpu_memory_utilization={ENGINE_MEMORY_SHARE}; training has "
+            "rollout.engine=vllm and their URLs in rollout.servers"
         )
     return Group(*parts, *_list("Assumptions", lines))
 

@@ -42,6 +42,7 @@ KNOWN_MODELS = {
     "qwen2.5-1.5b": ModelSizes("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, True),
     "qwen2.5-7b": ModelSizes("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False),
     "qwen2.5-32b": ModelSizes("qwen2", 152064, 5120, 27648, 64, 40, 8, 128, False),
+    "deepseek-r1-distill-qwen-7b": ModelSizes("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False),
     "llama-3-8b": ModelSizes("llama", 128256, 4096, 14336, 32, 32, 8, 128, False),
     "tiny-sums": ModelSizes("llama", 16, 96, 216, 2, 4, 4, 32, True),
 }

@@ -196,6 +196,7 @@ def takes_old_logprobs(config: Config) -> bool:
         return False
     actor = config.actor
     has_many = actor.ppo_epochs * config.data.train_batch_size > actor.ppo_mini_batch_size
+    has_many = has_many or config.algorithm.rollout_correction.is_on
     if config.algorithm.objective == "flow_balance":
         return has_many or config.flow.log_z == "vargrad"
     return has_many or config.algorithm.use_kl_in_reward

@@ -34,7 +34,7 @@ class TorchCritic:
             use_cache=False,
             plan=plan_attention(batch, self.model.dtype),
         ).last_hidden_state[0]
-        response = batch.loss_mask.nonzero()[:, 0]  # never 0: a sequence starts with its prompt
+        response = batch.response_mask.nonzero()[:, 0]  # never 0: a sequence starts with its prompt
         states = hidden[batch.trunk_rows[response - 1]]
         values = self.head(states.float())[:, 0]
         return values.new_zeros(len(batch.input_ids)).index_put((response,), values)

@@ -49,7 +49,7 @@ def forward_tokens(
         use_cache=False,
         plan=plan_attention(batch, model.dtype),
     ).last_hidden_state[0]
-    response = batch.loss_mask.nonzero()[:, 0]  # never 0: a sequence starts with its prompt
+    response = batch.response_mask.nonzero()[:, 0]  # never 0: a sequence starts with its prompt
     weight = output_weight(model)
     dropped_mass = None
     if drop_mass > 0:

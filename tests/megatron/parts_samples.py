@@ -16,7 +16,8 @@ from torch import Tensor
 
 from flowrl.main_rank import MainRankEngine, MainRankRewards, is_main_rank
 from flowrl.megatron.watchdog import Watchdog
-from flowrl.megatron_parts import MegatronParts, hf_shapes, shapes_of
+from flowrl.megatron_parts import MegatronParts, shapes_of
+from flowrl.rollout.publication import expected_weights
 
 
 class KeepingEngine:
@@ -53,7 +54,7 @@ def build_parts(case: Case, spread: Spread, timeout_s: float = 60.0) -> Megatron
         model_path="tiny",
         tokenizer=tiny_tokenizer(),
         hf_config=chunk.hf_config,
-        shapes=hf_shapes(chunk.hf_config),
+        shapes=expected_weights(chunk.hf_config),
         partition_shapes=shapes_of(make_partition(case)),
         offload_reference=False,
         watchdog=watchdog,

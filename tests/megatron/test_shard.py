@@ -117,7 +117,7 @@ def test_response_values_find_their_way_back(size: int, multiple: int) -> None:
 
 def test_per_sequence_values_keep_the_order_of_the_members() -> None:
     batch = shard(make_samples(), [4, 0, 2], 1, 2, 4)
-    assert batch.num_sequences == 3 and batch.num_response_tokens == 19
+    assert batch.num_sequences == 3 and batch.num_loss_tokens == 19
     assert batch.rewards.tolist() == [2.0, 0.0, 1.0]
     assert batch.group_ids.tolist() == [2, 0, 1]
     assert batch.vargrad_log_z.tolist() == pytest.approx([0.4, 0.0, 0.2])
@@ -129,7 +129,7 @@ def test_per_sequence_values_keep_the_order_of_the_members() -> None:
 @pytest.mark.parametrize(("size", "multiple"), SIZES, ids=str)
 def test_a_micro_batch_without_sequences_is_padding(size: int, multiple: int) -> None:
     batch = shard(make_samples(), [], size - 1, size, multiple)
-    assert batch.num_sequences == 0 and batch.num_response_tokens == 0
+    assert batch.num_sequences == 0 and batch.num_loss_tokens == 0
     assert len(batch.input_ids) == multiple // size
     assert batch.cu_seqlens.tolist() == [0, multiple // size]
     assert not batch.loss_mask.any() and not batch.prompt_mask.any()
