@@ -6,7 +6,7 @@ An unknown key is an error that suggests the near ones. The settings are in flow
 import contextlib
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,19 @@ def is_megatron(config: Config) -> bool:
 def is_main_process() -> bool:
     """Whether this process is alone or the first of those that torchrun started."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextlib.contextmanager
+def kept_environment(forced: Mapping[str, str], defaults: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, `defaults` where there is none yet, and undo every change."""
+    earlier = dict(os.environ)
+    os.environ.update({**defaults, **earlier, **forced})
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - earlier.keys():
+            del os.environ[name]
+        os.environ.update(earlier)
 
 
 def cache_dir() -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.batch import Sample
@@ -28,10 +28,17 @@ from flowrl.megatron.optimizer_state import (
 from flowrl.megatron.policy import MegatronPolicy
 from flowrl.megatron.watchdog import Watchdog
 from flowrl.megatron.weights import load_hf_weights
-from flowrl.parts import check_fingerprint, partition_of, resolve_device, resolve_flow
+from flowrl.parts import (
+    build_engine,
+    check_fingerprint,
+    partition_of,
+    resolve_device,
+    resolve_flow,
+)
 from flowrl.policy.pretrained import load_model, weights_fingerprint
 from flowrl.rewards import RewardPool
-from flowrl.rollout.transformers import TransformersEngine
+from flowrl.rollout import RolloutEngine
+from flowrl.rollout.publication import expected_weights
 from flowrl.settings import Config, ParallelConfig
 from flowrl.tensor_file import TensorSpec, plan_tensor_file
 
@@ -156,7 +163,7 @@ def build_megatron(config: Config, path: str, tokenizer: PreTrainedTokenizerBase
             model_path=config.model.path,
             tokenizer=tokenizer,
             hf_config=hf_config,
-            shapes=hf_shapes(hf_config),
+            shapes=expected_weights(hf_config),
             partition_shapes={} if partition is None else shapes_of(partition),
             watchdog=watchdog,
         )
@@ -180,28 +187,31 @@ def shapes_of(module: torch.nn.Module) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in module.named_parameters()}
 
 
-def hf_shapes(hf_config: PretrainedConfig) -> dict[str, torch.Size]:
-    """Names and shapes of the HF model's weights, without making it."""
-    with torch.device("meta"):
-        return shapes_of(AutoModelForCausalLM.from_config(hf_config))
-
-
 def on_main_rank_only(
     config: Config, path: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
 ) -> tuple[MainRankRewards, MainRankEngine, str]:
     """Reward workers, engine and the reference's fingerprint; the engine has a model of its own."""
-    reward, pool, engine = config.reward, None, None
-    fingerprint = ""
-    if is_main_rank():
-        pool = RewardPool(
-            reward.function, reward.num_workers, reward.timeout_s, reward.failure_score
-        )
-        model = load_model(
-            path, dtype, resolve_device(config.trainer.device), config.model.trust_remote_code
-        )
-        engine = TransformersEngine(model, tokenizer, config.rollout.max_num_seqs)
-        fingerprint = weights_fingerprint(model)
-    fingerprint = on_main_rank(lambda: fingerprint)
+    pool: RewardPool | None = None
+    engine: RolloutEngine | None = None
+
+    def build() -> str:
+        nonlocal pool, engine
+        reward = config.reward
+        is_sampled_from = config.rollout.engine == "transformers"
+        device = resolve_device(config.trainer.device) if is_sampled_from else torch.device("cpu")
+        with ExitStack() as stack:
+            pool = stack.enter_context(
+                RewardPool(
+                    reward.function, reward.num_workers, reward.timeout_s, reward.failure_score
+                )
+            )
+            model = load_model(path, dtype, device, config.model.trust_remote_code)
+            fingerprint = weights_fingerprint(model)
+            engine = build_engine(config, path, tokenizer, model)
+            stack.pop_all()
+        return fingerprint
+
+    fingerprint = on_main_rank(build)  # what is refused there is refused on every rank
     return MainRankRewards(pool), MainRankEngine(engine), fingerprint
 
 

@@ -24,6 +24,7 @@ from flowrl.policy.torch_policy import TorchPolicy
 from flowrl.rewards import RewardPool, RewardScorer
 from flowrl.rollout import RolloutEngine
 from flowrl.rollout.transformers import TransformersEngine
+from flowrl.rollout.vllm import VllmEngine
 from flowrl.settings import Config, FlowConfig, OptimConfig
 
 
@@ -142,9 +143,10 @@ def check_fingerprint(
         )
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of everything random in one step."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def step_seed(seed: int, step: int, generation: int = 0) -> int:
+    """The seed of everything random in one step, or of its further batches of responses."""
+    entropy = [seed, step, generation] if generation else [seed, step]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def resolve_flow(flow: FlowConfig) -> FlowBalancePreset:
@@ -186,17 +188,19 @@ def build_torch(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -
     """The parts of a run in one process."""
     device, dtype = resolve_device(config.trainer.device), getattr(torch, config.model.dtype)
     reward = config.reward
-    with ExitStack() as stack:  # a start that is refused leaves no reward workers behind
+    with ExitStack() as stack:  # a start that is refused leaves nothing behind
         rewards = stack.enter_context(
             RewardPool(reward.function, reward.num_workers, reward.timeout_s, reward.failure_score)
         )
         reference = load_model(path, dtype, device, config.model.trust_remote_code)
         reference.requires_grad_(False).eval()
         model = load_model(path, dtype, device, config.model.trust_remote_code)
+        engine = build_engine(config, path, tokenizer, model)
+        stack.callback(engine.close)
         parts = TorchParts(
             policy=build_policy(config, model, device),
             critic=build_critic(config, path, device),
-            engine=TransformersEngine(model, tokenizer, config.rollout.max_num_seqs),
+            engine=engine,
             rewards=rewards,
             reference=reference,
             reference_fingerprint=weights_fingerprint(reference),
@@ -206,6 +210,31 @@ def build_torch(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -
         )
         stack.pop_all()
     return parts
+
+
+def build_engine(
+    config: Config, path: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> RolloutEngine:
+    """The engine that samples; the transformers engine does so with `model`.
+
+    Raises ValueError when the engine is not installed or cannot run the model.
+    """
+    rollout, data = config.rollout, config.data
+    if rollout.engine == "transformers":
+        return TransformersEngine(model, tokenizer, rollout.max_num_seqs)
+    max_model_len = rollout.max_model_len or data.max_prompt_length + data.max_response_length
+    if rollout.servers:
+        from flowrl.rollout.vllm_server import VllmServerEngine
+
+        return VllmServerEngine(path, model, tokenizer, rollout, max_model_len=max_model_len)
+    return VllmEngine(
+        path,
+        tokenizer,
+        rollout,
+        dtype=config.model.dtype,
+        max_model_len=max_model_len,
+        trust_remote_code=config.model.trust_remote_code,
+    )
 
 
 def build_policy(config: Config, model: PreTrainedModel, device: torch.device) -> TorchPolicy:

@@ -3,6 +3,7 @@
 import logging
 import signal
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -23,6 +24,7 @@ from flowrl.parts import Parts, build_torch
 from flowrl.policy.pretrained import load_tokenizer, resolve_model_path
 from flowrl.rewards import RewardScorer
 from flowrl.rollout import RolloutEngine, SamplingParams
+from flowrl.rollout.verification import NUM_PROBES, agreement, check_agreement
 from flowrl.settings import Config
 from flowrl.tasks import PromptSampler, Split, TokenizedPrompt, load_prompts, tokenize_prompts
 
@@ -56,6 +58,11 @@ class Run:
     @property
     def rewards(self) -> RewardScorer:
         return self.parts.rewards
+
+    def publish(self, version: int) -> None:
+        """Hand the policy's weights to the engine, and see that it samples from them."""
+        self.engine.publish(self.policy.named_weights(), version)
+        verify_engine(self.config, self.parts, self.train_prompts, version)
 
     def is_due(self, frequency: int) -> bool:
         """Whether something done every `frequency` steps (-1: only at the end) is due now."""
@@ -141,6 +148,25 @@ def build_parts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -
     return build_megatron(config, path, tokenizer)
 
 
+def verify_engine(
+    config: Config, parts: Parts, prompts: Sequence[TokenizedPrompt], version: int
+) -> None:
+    """Raise RuntimeError when vLLM's log-probs are not the policy's, unless told not to look.
+
+    The transformers engine needs no look: it runs the policy's own kind of model.
+    """
+    if config.rollout.engine != "vllm" or not config.rollout.verify_weights:
+        return
+    found = agreement(
+        parts.engine,
+        parts.policy,
+        [prompt.token_ids for prompt in prompts[:NUM_PROBES]],
+        temperature=config.rollout.temperature,
+        max_tokens=config.data.max_response_length,
+    )
+    check_agreement(found, config.model.dtype, version)
+
+
 def start(config: Config) -> Run:
     """Build a run, continuing from the run directory's last checkpoint when there is one.
 
@@ -169,6 +195,7 @@ def start(config: Config) -> Run:
             sampler.load_state_dict(parts.load(checkpoint)["sampler"])
             logger.warning("continuing %s after step %d", config.run_dir, checkpoint.step)
         resume_step = None if checkpoint is None else checkpoint.step
+        verify_engine(config, parts, train_prompts, resume_step or 0)
         loggers = config.trainer.logger if parts.is_main else []
         run = Run(
             config=config,

@@ -1,0 +1,41 @@
+"""New weights in a running vLLM, in its worker: what vLLM's own reload leaves to be done.
+
+vLLM 0.32 buffers a layer's weights until all its elements have come, by their count. What an
+attempt that failed has buffered counts as well, so the next one would silently build a layer of
+two versions. And on a CPU a head that is tied to the embedding keeps a packed copy of its old
+weights, because no weight is loaded under its own name.
+"""
+
+# vLLM is an extra.
+# pyright: reportMissingImports=false
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+
+def reload_weights(worker: Any, named_weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Replace all weights of a vLLM worker by HF names; an attempt after a failed one is whole.
+
+    Whatever vLLM raises passes; until a call succeeds the weights may be of two versions.
+    """
+    _forget_partial_load(worker.model_runner)
+    worker.reload_weights(weights_iterator=iter(named_weights))
+    for module in worker.model_runner.model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)  # packs anew; else nothing
+
+
+def _forget_partial_load(runner: Any) -> None:
+    """Drop what an interrupted reload has buffered, and put the layers back as they were."""
+    infos = [get_layerwise_info(layer) for layer in runner.model.modules()]
+    if not any(info.can_load() for info in infos):  # the usual case: none was interrupted
+        return
+    for info in infos:
+        info.loaded_weights.clear()
+        info.load_numel = 0
+    finalize_layerwise_reload(runner.model, runner.model_config)
