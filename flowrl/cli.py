@@ -3,8 +3,9 @@
 import logging
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 from rich.console import Console
@@ -57,17 +58,120 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    source: Annotated[Path, typer.Argument(help="a run directory, or an HF folder with --config")],
+    source: Annotated[
+        str | None, typer.Argument(help="a run directory, a checkpoint, an HF folder or name")
+    ] = None,
     overrides: Overrides = None,
     config: Annotated[
         Path | None, typer.Option(help="the task and settings; default: the run's own config")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="benchmarks, as in aime24,math500 (docs/evaluation.md)")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of the benchmarks' files")] = None,
+    n: Annotated[int, typer.Option(help="sampled responses per prompt")] = 16,
+    temperature: Annotated[float, typer.Option(help="of sampling")] = 0.6,
+    top_p: Annotated[float, typer.Option(help="nucleus mass of sampling")] = 0.95,
+    max_tokens: Annotated[int, typer.Option(help="per response")] = 8192,
+    seed: Annotated[int, typer.Option(help="of sampling and of shuffled choices")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="also decode greedily")] = False,
+    limit: Annotated[int | None, typer.Option(help="first prompts of each task only")] = None,
+    prompt_template: Annotated[
+        Path | None, typer.Option(help="file: wording of the benchmarks around {question}")
+    ] = None,
+    chat_template: Annotated[
+        bool | None, typer.Option(help="default: if the tokenizer has one")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="transformers or vllm")] = "transformers",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    max_num_seqs: Annotated[int, typer.Option(help="sequences decoded together")] = 256,
+    output: Annotated[Path | None, typer.Option(help="default: evals/<model>")] = None,
+    regrade: Annotated[
+        Path | None, typer.Option(help="folder of an evaluation: grade its responses again")
+    ] = None,
+    num_workers: Annotated[int, typer.Option(help="processes of each grader")] = 2,
+    timeout: Annotated[float, typer.Option(help="seconds a grader has for a response")] = 30.0,
+    judge_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible endpoint that rates diversity")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="its model")] = None,
+    judge_key_file: Annotated[Path | None, typer.Option(help="holds its key")] = None,
 ) -> None:
-    """Judge a trained policy on the held-out prompts: greedy and avg@n, with 95 % intervals."""
+    """Judge a model on --tasks; or a trained policy on its own held-out prompts, without --tasks.
+
+    With --tasks: avg@n, pass@k and maj@k by two graders, and diversity, with 95 % intervals.
+    """
+    if tasks is None and regrade is None:
+        if source is None:
+            raise ValueError("name a run directory, or a model and --tasks")
+        _evaluate_held_out(Path(source), overrides or [], config)
+        return
+    if overrides or config:
+        raise ValueError("--tasks and --regrade take options, no --config and no key=value")
+    if (judge_url is None) != (judge_model is None):
+        raise ValueError("--judge-url and --judge-model belong together: give both or neither")
+    from flowrl.evaluation.engine import find_model, fingerprint
+    from flowrl.evaluation.grade import GradingSettings
+    from flowrl.evaluation.judge import JudgeSettings
+    from flowrl.evaluation.run import evaluate as run_evaluation
+    from flowrl.evaluation.run import regrade as grade_again
+    from flowrl.evaluation.settings import EvalSettings, load_settings
+    from flowrl.evaluation.show import render
+    from flowrl.policy.pretrained import load_tokenizer
+
+    grading = GradingSettings(num_workers, timeout)
+    judge = None
+    if judge_url is not None and judge_model is not None:
+        key = None if judge_key_file is None else judge_key_file.read_text("utf-8").strip()
+        judge = JudgeSettings(judge_url, judge_model, key)
+    if regrade is not None:
+        if source is not None or tasks is not None:
+            raise ValueError("--regrade takes model and tasks from its folder: name neither")
+        settings = load_settings(regrade)
+        if data is not None:
+            settings = replace(settings, data=str(data))
+        folder, groups = regrade, grade_again(regrade, settings, grading, judge)
+    else:
+        if source is None or tasks is None:
+            raise ValueError("--tasks needs a model: flowrl eval MODEL --tasks ...")
+        model = find_model(source)
+        if chat_template is None:
+            chat_template = load_tokenizer(str(model)).chat_template is not None
+        settings = EvalSettings(
+            model=source,
+            fingerprint=fingerprint(model),
+            tasks=tuple(tasks.split(",")),
+            data=None if data is None else str(data),
+            n=n,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_tokens,
+            seed=seed,
+            greedy=greedy,
+            limit=limit,
+            template=None if prompt_template is None else prompt_template.read_text("utf-8"),
+            chat_template=chat_template,
+            engine=cast(Literal["transformers", "vllm"], engine),
+            dtype=dtype,
+            max_num_seqs=max_num_seqs,
+        )
+        folder = output or Path("evals") / f"{Path(source).name}-{settings.fingerprint[:8]}"
+        groups = run_evaluation(folder, settings, model, device, grading, judge)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 110  # what the tables like; into a file nothing needs to be folded
+    console.print(render(groups, settings.model))
+    console.print(f"results  {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _evaluate_held_out(source: Path, overrides: list[str], config: Path | None) -> None:
     own_config = source / "config.yaml"
     if config is None and not own_config.exists():
-        raise ValueError(f"{source} is no run directory (no config.yaml); name a --config")
-    settings = load_config(config or own_config, overrides or [])
+        raise ValueError(
+            f"{source} is no run directory (no config.yaml); name a --config, or --tasks"
+        )
+    settings = load_config(config or own_config, overrides)
     from flowrl.checkpoint import latest_checkpoint
     from flowrl.evaluate import evaluate_model
     from flowrl.summary import print_evaluation
@@ -89,6 +193,28 @@ def export(
     from flowrl.checkpoint import export_hf
 
     print(export_hf(source, destination, step))
+
+
+@app.command("serve")
+def serve_rollouts(
+    config: ConfigPath,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(help="settings as key=value; after --, arguments of vLLM's own"),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="address to listen on; whoever reaches it controls the server")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="as in rollout.servers")] = 8000,
+) -> None:
+    """Start a vLLM server that `flowrl train` with rollout.servers samples from."""
+    arguments = arguments or []
+    own = [argument.startswith("-") for argument in arguments]
+    first = own.index(True) if any(own) else len(arguments)
+    settings = load_config(config, arguments[:first])
+    from flowrl.rollout.serve import serve
+
+    serve(settings, host, port, arguments[first:])
 
 
 @app.command()

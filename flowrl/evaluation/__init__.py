@@ -1,0 +1,1 @@
+"""Benchmarks of a trained model: generations, two graders, estimates with intervals, reports."""

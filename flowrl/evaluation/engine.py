@@ -1,0 +1,97 @@
+"""The model of an evaluation: where it lies, its fingerprint, and who generates with it."""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from flowrl.checkpoint import HF_FOLDER, STEP_NAME, latest_checkpoint
+from flowrl.config import cache_dir
+from flowrl.evaluation.settings import EvalSettings
+from flowrl.parts import resolve_device
+from flowrl.policy.pretrained import load_model, resolve_model_path
+from flowrl.rollout import RolloutEngine
+from flowrl.rollout.transformers import TransformersEngine
+from flowrl.settings import RolloutConfig
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+READ_BYTES = 1 << 24
+VLLM_MEMORY = 0.9  # share of the GPU, which nothing else uses here
+
+
+def find_model(source: str) -> Path:
+    """The HF folder of a run directory, a checkpoint, a folder, a built-in or a hub name.
+
+    Raises ValueError for a run directory without a checkpoint and a folder without a model, OSError
+    when the hub cannot be reached.
+    """
+    folder = Path(source)
+    if STEP_NAME.fullmatch(folder.name) and (folder / HF_FOLDER).is_dir():
+        return folder / HF_FOLDER
+    if folder.is_dir():
+        checkpoint = latest_checkpoint(folder)
+        if checkpoint is not None:
+            return checkpoint.hf
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{source} is no model: neither an HF folder (no config.json), nor a checkpoint, "
+                "nor a run directory with one"
+            )
+        return folder
+    if source.startswith("builtin:"):
+        return Path(resolve_model_path(source, cache_dir()))
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ValueError(f"{source} is no folder; give one, builtin:<name> or a hub name org/model")
+    return Path(snapshot_download(source))
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits of the names and contents of a model's weights and config.json."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *files]:
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            while block := file.read(READ_BYTES):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def context_length(folder: Path) -> int | None:
+    """Tokens that the model's config.json allows, None if it does not say."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("max_position_embeddings")
+
+
+def build_engine(
+    settings: EvalSettings,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str,
+    max_model_len: int,
+) -> RolloutEngine:
+    """The engine that settings.engine names, with the model loaded.
+
+    max_model_len: tokens of the longest prompt and response. Raises ValueError if vLLM is asked for
+    and not installed.
+    """
+    if settings.engine == "vllm":
+        if importlib.util.find_spec("vllm") is None:
+            raise ValueError(
+                "--engine vllm needs vLLM: pip install vllm with an NVIDIA GPU, make vllm without "
+                "one; or use --engine transformers"
+            )
+        from flowrl.rollout.vllm import VllmEngine  # an import of many seconds
+
+        rollout = RolloutConfig(  # pyright: ignore[reportCallIssue]
+            engine="vllm", max_num_seqs=settings.max_num_seqs, gpu_memory_utilization=VLLM_MEMORY
+        )
+        return VllmEngine(
+            str(folder), tokenizer, rollout, dtype=settings.dtype, max_model_len=max_model_len
+        )
+    model = load_model(str(folder), getattr(torch, settings.dtype), resolve_device(device))
+    return TransformersEngine(model, tokenizer, settings.max_num_seqs)

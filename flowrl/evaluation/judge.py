@@ -1,0 +1,170 @@
+"""An optional judge: a language model behind an OpenAI-compatible endpoint rates the diversity.
+
+Every prompt with two or more sampled responses is one request, which shows all responses in full.
+Answers are kept in judge.jsonl as they come, so a judged prompt is never paid for twice. A request
+that fails is kept as failed and scores nothing; it is asked again the next time.
+"""
+
+import http.client
+import json
+import logging
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowrl.evaluation.results import Answers
+
+logger = logging.getLogger(__name__)
+
+JUDGE_FILE = "judge.jsonl"
+RUBRIC = """\
+Below are {n} responses to one problem. Rate how many different approaches they take, whatever \
+their answers and whether they are right. Wording, notation, order of steps and length are no \
+difference of approach.
+
+5: no approach is shared by more than a fifth of the responses
+4: several approaches, none of them shared by half of the responses
+3: two or more approaches, one of them shared by about half of the responses
+2: nearly all responses take one approach
+1: all responses take one approach
+
+Write one or two sentences of reasons, then a last line: Score: <1 to 5>
+
+Problem:
+{problem}
+
+{responses}"""
+SCORE = re.compile(r"score\s*[:=]\s*\**\s*([1-5])(?![0-9.])", re.IGNORECASE)
+MAX_REPLY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """url: up to and including /v1; key: sent as a bearer token, if any."""
+
+    url: str
+    model: str
+    key: str | None = None
+    timeout_s: float = 120.0
+    num_retries: int = 3
+    retry_wait_s: float = 2.0  # doubled from try to try
+    num_workers: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"--judge-url is {self.url!r}: give http://host:port/v1 or https://..."
+            )
+
+
+class JudgeFailed(Exception):
+    """No usable answer after all tries."""
+
+
+def judge_all(
+    folder: Path, answers: Sequence[Answers], settings: JudgeSettings
+) -> dict[tuple[str, str], float]:
+    """Scores 1 to 5 by (task, prompt id), of the prompts that the judge could score."""
+    path = folder / JUDGE_FILE
+    scores = _kept_scores(path, settings.model)
+    todo = [a for a in answers if len(a.samples) > 1 and _place(a) not in scores]
+    num_failed = 0
+    # "a": failures stay on record; the later line of a prompt counts.
+    with ThreadPoolExecutor(settings.num_workers) as pool, path.open("a", encoding="utf-8") as file:
+        for asked, row in zip(todo, pool.map(lambda a: _judge(a, settings), todo), strict=True):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            if row["score"] is None:
+                num_failed += 1
+            else:
+                scores[_place(asked)] = float(row["score"])
+    if num_failed:
+        logger.warning(
+            "the judge failed on %d of %d prompts, which have no score; see %s",
+            *(num_failed, len(todo), path),
+        )
+    return scores
+
+
+def _place(answers: Answers) -> tuple[str, str]:
+    return answers.prompt.task, answers.prompt.prompt_id
+
+
+def _kept_scores(path: Path, model: str) -> dict[tuple[str, str], float]:
+    if not path.exists():
+        return {}
+    whole = path.read_bytes()
+    if not whole.endswith(b"\n"):  # torn by a kill
+        whole = whole[: whole.rfind(b"\n") + 1]
+        path.write_bytes(whole)
+    rows = [json.loads(line) for line in whole.splitlines()]
+    return {
+        (row["task"], row["prompt_id"]): float(row["score"])
+        for row in rows
+        if row["judge"] == model and row["score"] is not None
+    }
+
+
+def _judge(answers: Answers, settings: JudgeSettings) -> dict[str, Any]:
+    problem = answers.prompt.prompt.messages[-1]["content"]
+    parts = [f"Response {i + 1}:\n{g.response}" for i, g in enumerate(answers.samples)]
+    text = RUBRIC.format(n=len(parts), problem=problem, responses="\n\n".join(parts))
+    row = {
+        "task": answers.prompt.task,
+        "prompt_id": answers.prompt.prompt_id,
+        "judge": settings.model,
+        "score": None,
+        "answer": None,
+        "failure": None,
+    }
+    try:
+        row["answer"] = _ask(text, settings)
+    except JudgeFailed as failure:
+        return {**row, "failure": str(failure)}
+    found = SCORE.findall(row["answer"])
+    if not found:
+        return {**row, "failure": "the answer has no line 'Score: <1 to 5>'"}
+    return {**row, "score": int(found[-1])}
+
+
+def _ask(text: str, settings: JudgeSettings) -> str:
+    """The judge's answer at temperature 0. Raises JudgeFailed with the last reason."""
+    body = {
+        "model": settings.model,
+        "messages": [{"role": "user", "content": text}],
+        "temperature": 0,
+    }
+    headers = {"Content-Type": "application/json"}
+    if settings.key:
+        headers["Authorization"] = f"Bearer {settings.key}"
+    request = urllib.request.Request(
+        settings.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers
+    )
+    reason = ""
+    for attempt in range(settings.num_retries + 1):
+        if attempt:
+            time.sleep(settings.retry_wait_s * 2 ** (attempt - 1))
+        try:
+            with urllib.request.urlopen(request, timeout=settings.timeout_s) as response:
+                reply = json.loads(response.read(MAX_REPLY_BYTES))
+            answer = reply["choices"][0]["message"]["content"]
+            if isinstance(answer, str):
+                return answer
+            reason = "the reply has no text"
+        except urllib.error.HTTPError as error:
+            reason = f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
+            if error.code < 500 and error.code not in (408, 429):
+                break  # asking again does not help
+        except (OSError, http.client.HTTPException) as error:  # no connection, a time-out
+            reason = f"{type(error).__name__}: {error}"
+        except (ValueError, LookupError, TypeError) as error:
+            reason = f"unreadable reply: {type(error).__name__}: {error}"
+    raise JudgeFailed(reason)
