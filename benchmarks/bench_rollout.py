@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,9 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     json_path: Annotated[Path | None, typer.Option("--json", help="write the results")] = None,
 ) -> None:
+    if find_spec("vllm") is None:
+        print("vLLM is not installed (make vllm), so there is nothing to compare")
+        return
     if threads is not None:
         torch.set_num_threads(threads)
     sizes = [int(size) for size in batch_sizes.split(",")]
