@@ -25,7 +25,7 @@ train: install  ## train on this machine: configs/quickstart.yaml
 	$(BIN)/flowrl train configs/quickstart.yaml $(ARGS)
 
 test: install  ## run the tests; without vLLM those in tests/vllm are skipped
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
 test-vllm: vllm  ## run the tests of the vLLM engines
 	$(BIN)/pytest tests/vllm $(ARGS)
