@@ -378,7 +378,15 @@ def test_workers_die_with_their_parent(functions, tmp_path, ending):
         parent.wait()
 
 
-def test_interrupted_score_cancels_the_rest(functions):
+@pytest.fixture
+def obeys_sigint():
+    # What a shell started in the background ignores the signal, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupted_score_cancels_the_rest(functions, obeys_sigint):
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     with RewardPool(f"{functions}:runs", num_workers=1, timeout_s=30.0) as pool:
         timer.start()

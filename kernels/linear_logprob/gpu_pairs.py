@@ -63,7 +63,7 @@ def pair_config(capability: tuple[int, int], dtype: torch.dtype, is_tma: bool) -
     # leaves shared memory for the two programs that a multiprocessor gets.
     if dtype == torch.float32:
         return PairConfig(
-            p={"BLOCK_H": 16, "num_warps": 8, "num_stages": 3},
+            p={"BLOCK_H": 16, "num_warps": 8, "num_stages": 2},
             dw={"BLOCK_H": 64, "BLOCK_PAIRS": 32, "num_warps": 8, "num_stages": 3},
             dh={"BLOCK_PAIRS": 64, "BLOCK_V": 32, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3},
         )
