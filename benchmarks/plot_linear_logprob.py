@@ -1,6 +1,7 @@
 """Draw what bench_linear_logprob.py has written: time and memory against T, time against entropy.
 
-    python benchmarks/plot_linear_logprob.py benchmarks/results/linear_logprob_cpu_*.json
+    cd benchmarks/results
+    python ../plot_linear_logprob.py linear_logprob_cpu_rows.json linear_logprob_cpu_entropy.json
 
 The results are of one device and one dtype. Time is that of forward and backward. Against T the
 logits are Gaussian, the worst case of `drop_mass`; against entropy each of its points names the
@@ -49,10 +50,12 @@ def draw_rows(panel: Axes, rows: list[dict], colours: dict[str, str], figure: st
     panel.set_xticks(sorted({row["num_rows"] for row in rows}))
     panel.xaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("{x:g}" if figure == "time" else "")
     panel.xaxis.set_minor_formatter("")
 
 
 def draw_entropy(panel: Axes, rows: list[dict], colours: dict[str, str]) -> None:
+    largest = max(row["drop_mass"] for row in rows)
     for name, points in lines(rows).items():
         points.sort(key=lambda row: row["mean_entropy_nats"])
         nats = [row["mean_entropy_nats"] for row in points]
@@ -63,13 +66,17 @@ def draw_entropy(panel: Axes, rows: list[dict], colours: dict[str, str]) -> None
                 panel.annotate(
                     f"f {row['kept_share']:.2g}",
                     (x, y),
-                    xytext=(0, -11),
+                    xytext=(0, -12 if row["drop_mass"] == largest else 6),
                     textcoords="offset points",
                     fontsize=7,
                     ha="center",
                     color=colours[name],
                 )
     panel.set(xlabel="mean entropy of the softmax, nats", ylabel="time / materialised PyTorch")
+    panel.set(xscale="log", xticks=[row["mean_entropy_nats"] for row in points])
+    panel.xaxis.set_major_formatter("{x:.2g}")
+    panel.xaxis.set_minor_formatter("")
+    panel.margins(x=0.1)
     panel.set_ylim(bottom=0)
 
 
