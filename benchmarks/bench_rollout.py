@@ -27,7 +27,7 @@ from flowrl.policy.pretrained import load_model, load_tokenizer, resolve_model_p
 from flowrl.rollout import RolloutEngine, SamplingParams
 from flowrl.rollout.transformers import TransformersEngine
 from flowrl.rollout.verification import agreement, check_agreement
-from flowrl.rollout.vllm import VllmEngine
+from flowrl.rollout.vllm_engine import VllmEngine
 from flowrl.settings import Config
 
 QUESTIONS = "12 + 25 = 37\n{} + {} ="  # the quickstart's prompt

@@ -24,7 +24,7 @@ from flowrl.policy.torch_policy import TorchPolicy
 from flowrl.rewards import RewardPool, RewardScorer
 from flowrl.rollout import RolloutEngine
 from flowrl.rollout.transformers import TransformersEngine
-from flowrl.rollout.vllm import VllmEngine
+from flowrl.rollout.vllm_engine import VllmEngine
 from flowrl.settings import Config, FlowConfig, OptimConfig
 
 

@@ -85,7 +85,7 @@ def build_engine(
                 "--engine vllm needs vLLM: pip install vllm with an NVIDIA GPU, make vllm without "
                 "one; or use --engine transformers"
             )
-        from flowrl.rollout.vllm import VllmEngine  # an import of many seconds
+        from flowrl.rollout.vllm_engine import VllmEngine  # an import of many seconds
 
         rollout = RolloutConfig(  # pyright: ignore[reportCallIssue]
             engine="vllm", max_num_seqs=settings.max_num_seqs, gpu_memory_utilization=VLLM_MEMORY

@@ -11,7 +11,7 @@ from vllm_models import assert_exact, need_vllm, processed, vllm_engine
 from flowrl.policy.pretrained import load_model
 from flowrl.rollout import Response, SamplingParams
 from flowrl.rollout.transformers import TransformersEngine
-from flowrl.rollout.vllm import VllmEngine
+from flowrl.rollout.vllm_engine import VllmEngine
 
 need_vllm()
 

@@ -17,7 +17,7 @@ from vllm_models import (
 )
 
 from flowrl.rollout import SamplingParams
-from flowrl.rollout.vllm import VllmEngine
+from flowrl.rollout.vllm_engine import VllmEngine
 
 need_vllm()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from flowrl.rollout import Response, SamplingParams
-from flowrl.rollout.vllm import VllmEngine
+from flowrl.rollout.vllm_engine import VllmEngine
 from flowrl.settings import RolloutConfig
 
 
