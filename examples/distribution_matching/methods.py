@@ -65,10 +65,8 @@ def balance_objective(beta: float) -> Objective:
 
 def balance_step(run: Run) -> None:
     """A step of trajectory balance: flowrl's training step with this loss and the plain reward."""
-    seed = step_seed(run.config.trainer.seed, run.step)
-    torch.manual_seed(seed)
-    prompts = [run.train_prompts[i] for i in run.sampler.next_batch()]
-    responses = run.engine.generate([p.token_ids for p in prompts], run.sampling, seed)
+    torch.manual_seed(step_seed(run.config.trainer.seed, run.step))
+    prompts, responses = run.lookahead.take(run.step, 0)
     _, scores = score_responses(run.tokenizer, run.rewards, prompts, responses)
     samples = make_samples(prompts, responses, scores, run.config.algorithm.unbiased_std)
     for sample in samples:

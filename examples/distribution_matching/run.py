@@ -236,17 +236,21 @@ def finished(
     print(f"{what}: {len(jobs)} runs, {num_done} of them finished earlier", flush=True)
     started = time.perf_counter()
     futures = {pool.submit(trained, job): job for job in missing}
-    for num_new, future in enumerate(as_completed(futures), start=1):
-        job, record = futures[future], future.result()
-        write_whole(folder / job.file_name, json.dumps(record, indent=1) + "\n")
-        left_s = (time.perf_counter() - started) / num_new * (len(missing) - num_new)
-        last = record["curve"][-1]
-        print(
-            f"[{num_done + num_new}/{len(jobs)}] {job.method} lr {job.lr:g} seed {job.seed}: "
-            f"success {last['success']:.3f}, {last['effective_answers']:.1f} answers, "
-            f"{record['elapsed_s']:.0f} s; about {left_s / 60:.0f} min left",
-            flush=True,
-        )
+    try:
+        for num_new, future in enumerate(as_completed(futures), start=1):
+            job, record = futures[future], future.result()
+            write_whole(folder / job.file_name, json.dumps(record, indent=1) + "\n")
+            left_s = (time.perf_counter() - started) / num_new * (len(missing) - num_new)
+            last = record["curve"][-1]
+            print(
+                f"[{num_done + num_new}/{len(jobs)}] {job.method} lr {job.lr:g} seed {job.seed}: "
+                f"success {last['success']:.3f}, {last['effective_answers']:.1f} answers, "
+                f"{record['elapsed_s']:.0f} s; about {left_s / 60:.0f} min left",
+                flush=True,
+            )
+    finally:  # after an error or an interrupt, do not train the rest before saying so
+        for future in futures:
+            future.cancel()
     return [json.loads((folder / job.file_name).read_text(encoding="utf-8")) for job in jobs]
 
 
