@@ -1,13 +1,13 @@
 """GRPO, PPO and REINFORCE++ in the loop of train.py: settings to losses, scores to advantages."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from flowrl.batch import PackedBatch, Sample, pack, response_values
-from flowrl.interface import MicroBatchResult, Objective, TokenOutputs
+from flowrl.interface import MicroBatchResult, Objective, TokenOutputs, ValueObjective
 from flowrl.objectives.advantages import (
     gae,
     group_center,
@@ -97,7 +97,7 @@ def baseline_objective(config: Config) -> Objective:
     return objective
 
 
-def value_objective(config: Config) -> Callable[[PackedBatch, Tensor], ObjectiveOutput]:
+def value_objective(config: Config) -> ValueObjective:
     """The critic's loss of one micro-batch."""
 
     def objective(batch: PackedBatch, values: Tensor) -> ObjectiveOutput:
@@ -111,6 +111,7 @@ def value_objective(config: Config) -> Callable[[PackedBatch, Tensor], Objective
             config.critic.cliprange_value,
             config.actor.loss_agg_mode,
             loss_scale_factor(config),
+            reduce_sums=batch.reduce_sums,
         )
 
     return objective

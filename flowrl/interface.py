@@ -24,6 +24,10 @@ class TokenOutputs:
 Objective = Callable[[PackedBatch, TokenOutputs, Tensor | None], ObjectiveOutput]
 
 
+# (batch, values [N]) -> loss_sum and diagnostics
+ValueObjective = Callable[[PackedBatch, Tensor], ObjectiveOutput]
+
+
 @dataclass
 class MicroBatchResult:
     """What one micro-batch leaves for the metrics."""
@@ -37,7 +41,7 @@ class MicroBatchResult:
 
 
 class Optimizer(Protocol):
-    """The update of a policy's parameters."""
+    """The update of a policy's, or a critic's, parameters."""
 
     @property
     def lr(self) -> float:
@@ -67,6 +71,21 @@ class Policy(Protocol):
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights a rollout engine samples from, by HF name."""
+        ...
+
+
+class Critic(Protocol):
+    """PPO's V(s). Where it spans ranks, every rank makes every call with equal samples."""
+
+    @property
+    def optimizer(self) -> Optimizer: ...
+
+    def set_values(self, samples: Sequence[Sample]) -> None:
+        """Give every sample the values of its tokens, [|y|], without gradient."""
+        ...
+
+    def accumulate_gradients(self, samples: Sequence[Sample], objective: ValueObjective) -> float:
+        """Add the gradient of the objective over one mini-batch and return its loss."""
         ...
 
 

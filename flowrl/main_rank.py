@@ -54,6 +54,19 @@ class MainRankEngine:
 
         return on_main_rank(sample)
 
+    def begin(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int
+    ) -> Callable[[], list[list[Response]]]:
+        """Start on the main rank; what is returned waits there and gives every rank the result."""
+        waits: list[Callable[[], list[list[Response]]]] = []  # the main rank's
+
+        def start() -> None:
+            assert self.engine is not None
+            waits.append(self.engine.begin(prompts, params, seed))
+
+        on_main_rank(start)
+        return lambda: on_main_rank(lambda: waits[0]())
+
     def publish(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Hand gathered weights to the engine; every rank takes part in gathering each of them."""
         weights = iter(named_weights)

@@ -1,10 +1,11 @@
 """What a run trains with: policy, reference, engine and rewards, in one process or in many."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from flowrl.background_save import BackgroundSave
 from flowrl.batch import Sample
 from flowrl.checkpoint import Checkpoint, load_training_state, save_checkpoint
-from flowrl.interface import Policy
+from flowrl.interface import Critic, Policy
 from flowrl.objectives.flow_balance import PRESETS, FlowBalancePreset
 from flowrl.partition import PartitionNetwork, build_partition
 from flowrl.policy.critic import TorchCritic, build_value_head
@@ -26,6 +28,8 @@ from flowrl.rollout import RolloutEngine
 from flowrl.rollout.transformers import TransformersEngine
 from flowrl.rollout.vllm_engine import VllmEngine
 from flowrl.settings import Config, FlowConfig, OptimConfig
+
+T = TypeVar("T")
 
 
 class Parts(Protocol):
@@ -41,7 +45,7 @@ class Parts(Protocol):
     def rewards(self) -> RewardScorer: ...
 
     @property
-    def critic(self) -> TorchCritic | None:
+    def critic(self) -> Critic | None:
         """PPO's critic."""
         ...
 
@@ -63,8 +67,22 @@ class Parts(Protocol):
         """Whether the flag is set on any rank."""
         ...
 
-    def save(self, run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-        """Write a checkpoint with `state` beside the policy; no file in it is a pickle."""
+    def on_main(self, compute: Callable[[], T]) -> T:
+        """Run `compute` where files are written; every rank gets its result or its error."""
+        ...
+
+    def save(
+        self,
+        run_dir: Path,
+        step: int,
+        state: dict[str, Any],
+        keep: int,
+        background: BackgroundSave | None = None,
+    ) -> Path:
+        """Write a checkpoint with `state` beside the policy; no file in it is a pickle.
+
+        With `background` it is copied to host memory and written while the caller goes on.
+        """
         ...
 
     def load(self, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -101,7 +119,17 @@ class TorchParts:
     def any_rank(self, flag: bool) -> bool:
         return flag
 
-    def save(self, run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    def on_main(self, compute: Callable[[], T]) -> T:
+        return compute()
+
+    def save(
+        self,
+        run_dir: Path,
+        step: int,
+        state: dict[str, Any],
+        keep: int,
+        background: BackgroundSave | None = None,
+    ) -> Path:
         return save_checkpoint(
             run_dir,
             step,
@@ -115,6 +143,7 @@ class TorchParts:
             },
             state=state,
             keep=keep,
+            background=background,
         )
 
     def load(self, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -205,7 +234,7 @@ def build_torch(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -
             reference=reference,
             reference_fingerprint=weights_fingerprint(reference),
             model_path=config.model.path,
-            tokenizer=tokenizer,
+            tokenizer=deepcopy(tokenizer),  # a thread may save it while another encodes
             offload_reference=config.ref.offload,
         )
         stack.pop_all()

@@ -5,7 +5,7 @@ import signal
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from types import FrameType
@@ -14,12 +14,14 @@ import torch
 from rich.console import Console
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from flowrl.background_save import BackgroundSave
 from flowrl.checkpoint import latest_checkpoint
 from flowrl.config import cache_dir, dump_config, is_megatron
 from flowrl.console import TrainingConsole
 from flowrl.files import write_whole
 from flowrl.interface import Policy
-from flowrl.metrics import MetricsWriter
+from flowrl.lookahead import Lookahead
+from flowrl.metrics import MetricsWriter, Timer
 from flowrl.parts import Parts, build_torch
 from flowrl.policy.pretrained import load_tokenizer, resolve_model_path
 from flowrl.rewards import RewardScorer
@@ -40,11 +42,13 @@ class Run:
     parts: Parts
     train_prompts: list[TokenizedPrompt]
     val_prompts: list[TokenizedPrompt]
-    sampler: PromptSampler
+    lookahead: Lookahead
     sampling: SamplingParams
     val_sampling: SamplingParams
     writer: MetricsWriter
     console: TrainingConsole
+    background: BackgroundSave | None = None  # None: the loop itself writes checkpoints
+    save_timings: dict[str, float] = field(default_factory=dict)
     step: int = 0
 
     @property
@@ -70,17 +74,30 @@ class Run:
         return is_last or (frequency > 0 and self.step % frequency == 0)
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Record the metrics of the finished step and show them."""
+        """Record the metrics of the finished step and show them.
+
+        The row of a step is written before its checkpoint, whose time is thus in the next row.
+        """
         if metrics:
+            metrics = metrics | self.save_timings
+            self.save_timings.clear()
             self.writer.write(self.step, metrics)
             self.console.step(self.step, metrics)
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
         self.parts.close()
         self.writer.close()
+        if self.background is None:
+            return
+        try:
+            self.background.wait()  # a run that fails keeps the checkpoint that it was writing
+        except (OSError, ValueError, RuntimeError) as save_error:
+            if error is None:
+                raise
+            logger.error("%s", save_error)  # what ended the run is told by the run
 
 
 def train_sampling(config: Config) -> SamplingParams:
@@ -191,9 +208,20 @@ def start(config: Config) -> Run:
         checkpoint = (
             latest_checkpoint(config.run_dir) if config.trainer.resume_mode == "auto" else None
         )
+        lookahead = Lookahead(
+            parts.engine,
+            sampler,
+            train_prompts,
+            train_sampling(config),
+            config.trainer.seed,
+            config.rollout.max_staleness,
+        )
         if checkpoint is not None:  # before the writer: what is refused leaves the metrics alone
-            sampler.load_state_dict(parts.load(checkpoint)["sampler"])
+            state = parts.load(checkpoint)
+            sampler.load_state_dict(state["sampler"])
+            lookahead.load_state_dict(state["lookahead"])
             logger.warning("continuing %s after step %d", config.run_dir, checkpoint.step)
+        warn_of_stale_tokens(config)
         resume_step = None if checkpoint is None else checkpoint.step
         verify_engine(config, parts, train_prompts, resume_step or 0)
         loggers = config.trainer.logger if parts.is_main else []
@@ -203,7 +231,7 @@ def start(config: Config) -> Run:
             parts=parts,
             train_prompts=train_prompts,
             val_prompts=val_prompts,
-            sampler=sampler,
+            lookahead=lookahead,
             sampling=train_sampling(config),
             val_sampling=val_sampling(config),
             writer=MetricsWriter(
@@ -219,6 +247,7 @@ def start(config: Config) -> Run:
                 first_step=resume_step or 0,
                 console=None if "console" in loggers else Console(file=StringIO()),
             ),
+            background=background_save(config),
             step=resume_step or 0,
         )
         if parts.is_main:
@@ -227,17 +256,49 @@ def start(config: Config) -> Run:
     return run
 
 
+def warn_of_stale_tokens(config: Config) -> None:
+    """Say so when tokens of older weights would pass for the policy's own."""
+    is_weighed = config.flow.old_logprobs == "rollout" or config.algorithm.rollout_correction.is_on
+    if config.rollout.max_staleness > 0 and not is_weighed:
+        logger.warning(
+            "rollout.max_staleness = %d, and the loss takes what older weights sampled for the "
+            "policy's own; flow.old_logprobs=rollout or algorithm.rollout_correction weighs it",
+            config.rollout.max_staleness,
+        )
+
+
+def background_save(config: Config) -> BackgroundSave | None:
+    """Who writes checkpoints, None when the loop does. Every rank has one, the main one uses it."""
+    checkpoint = config.actor.checkpoint
+    return BackgroundSave(checkpoint.async_save_timeout_s) if checkpoint.async_save else None
+
+
+def check_save(run: Run) -> None:
+    """Raise, on every rank, the error of a checkpoint that could not be written."""
+    if run.background is not None:
+        run.parts.on_main(run.background.check)
+
+
+def finish_save(run: Run) -> None:
+    """Return when the last checkpoint is written; raises its error on every rank."""
+    if run.background is not None:
+        run.console.phase("saving")
+        run.parts.on_main(run.background.wait)
+
+
 def save(run: Run) -> Path:
-    """Write a checkpoint of the finished step; no file in it is a pickle."""
+    """Write a checkpoint of the finished step, or have it written; no file in it is a pickle."""
     run.console.phase("saving")
     state = {
         "step": run.step,
-        "sampler": run.sampler.state_dict(),
+        "sampler": run.lookahead.sampler.state_dict(),
+        "lookahead": run.lookahead.state_dict(),
         "reference_fingerprint": run.parts.reference_fingerprint,
         "torch_version": torch.__version__,
     }
     keep = run.config.trainer.max_actor_ckpt_to_keep
-    return run.parts.save(run.config.run_dir, run.step, state, keep)
+    with Timer("save_checkpoint", run.save_timings):
+        return run.parts.save(run.config.run_dir, run.step, state, keep, run.background)
 
 
 class Interrupt:

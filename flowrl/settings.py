@@ -79,6 +79,9 @@ class RolloutConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus mass; 1: off")
     top_k: int = Field(-1, ge=-1, description="keep the k likeliest tokens; -1: off")
     stop: list[str] = Field([], description="strings that end a response (kept in it)")
+    max_staleness: NonNegativeInt = Field(
+        0, description="training steps that a response may be sampled ahead; 0: none"
+    )
     max_num_seqs: PositiveInt = Field(256, description="sequences decoded together")
     verify_weights: bool = Field(
         True, description="vllm: after each publication, hold its log-probs against the policy's"
@@ -118,6 +121,17 @@ class OptimConfig(Section):
     weight_decay: NonNegativeFloat = Field(0.1, description="not applied to norms and biases")
     lr_warmup_steps: NonNegativeInt = Field(10, description="linear warm-up, in training steps")
     clip_grad: PositiveFloat = Field(1.0, description="global gradient norm limit")
+
+
+class CheckpointConfig(Section):
+    """How checkpoints are written."""
+
+    async_save: bool = Field(
+        False, description="write them in the background, from a copy in host memory"
+    )
+    async_save_timeout_s: PositiveFloat = Field(
+        1200.0, description="limit of one such write; below `parallel.timeout_minutes`"
+    )
 
 
 class ActorConfig(Section):
@@ -160,6 +174,7 @@ class ActorConfig(Section):
         0.0, allow_inf_nan=False, description="baselines: weight of the entropy bonus"
     )
     optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
+    checkpoint: CheckpointConfig = CheckpointConfig()  # pyright: ignore[reportCallIssue]
 
 
 class ParallelConfig(Section):
@@ -172,7 +187,7 @@ class ParallelConfig(Section):
     )
     context_parallel_size: PositiveInt = Field(1, description="ranks that share a sequence")
     expert_model_parallel_size: PositiveInt = Field(
-        1, description="ranks that share the experts; only 1 is supported so far"
+        1, description="ranks that share the experts; tensor, context and data ranks become such"
     )
     sequence_parallel: bool = Field(
         False, description="spread norms and activations over the tensor-parallel ranks as well"
@@ -392,6 +407,14 @@ class Config(Section):
             raise ValueError(
                 "algorithm.rollout_correction.rollout_is = token: flow_balance has one loss per "
                 "sequence and no token to weigh; use sequence or geometric"
+            )
+        rollout, num_rounds = self.rollout, self.rollout.max_staleness
+        if num_rounds > 1 and (data.max_response_length % num_rounds != 0 or rollout.stop):
+            raise ValueError(
+                f"rollout.max_staleness = {num_rounds} samples a response in as many parts of one "
+                f"length, but data.max_response_length is {data.max_response_length} and "
+                f"rollout.stop is {rollout.stop}: give a multiple of {num_rounds} and no stop "
+                "strings, which may lie across two parts, or rollout.max_staleness=1"
             )
         if algorithm.filter_groups.enable and self.rollout.n == 1:
             raise ValueError(

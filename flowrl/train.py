@@ -28,12 +28,13 @@ from flowrl.diagnostics import (
 )
 from flowrl.evaluate import evaluate, save_evaluation, score_responses
 from flowrl.interface import MicroBatchResult, Objective, TokenOutputs
+from flowrl.lookahead import staleness_metrics
 from flowrl.metrics import Timer
 from flowrl.objectives.flow_balance import flow_balance_loss, vargrad_log_z
 from flowrl.parts import resolve_flow, step_seed
 from flowrl.rewards import RewardResult
 from flowrl.rollout import Response
-from flowrl.run import Interrupt, Run, save, start
+from flowrl.run import Interrupt, Run, check_save, finish_save, save, start
 from flowrl.sampling import Group, collect_groups, make_groups
 from flowrl.settings import Config
 from flowrl.shaping import (
@@ -54,6 +55,7 @@ def train(config: Config) -> Run:
             run.log(judge(run))
         is_stopping = False
         while run.step < total and not is_stopping:
+            check_save(run)
             metrics = training_step(run)
             if run.is_due(config.trainer.test_freq):
                 metrics |= judge(run)
@@ -61,6 +63,7 @@ def train(config: Config) -> Run:
             is_stopping = run.parts.any_rank(interrupt.is_set)  # read once: it may come any time
             if run.is_due(config.trainer.save_freq) or is_stopping:
                 save(run)  # after the metrics: a resumed run cuts the lines that follow it
+        finish_save(run)
     return run
 
 
@@ -72,12 +75,16 @@ def training_step(run: Run) -> dict[str, float]:
     timings: dict[str, float] = {}
 
     groups, shaping_metrics = collect_groups(config, partial(roll_out, run, timings))
+    if config.rollout.max_staleness > 0 and run.step + 1 < config.trainer.total_training_steps:
+        with Timer("gen", timings):
+            run.lookahead.begin()  # goes on during the update when servers sample
     samples = make_samples(
         [group.prompt for group in groups],
         [group.responses for group in groups],
         [score for group in groups for score in group.scores],
         config.algorithm.unbiased_std,
     )
+    shaping_metrics |= staleness_metrics(chain(*(g.responses for g in groups)), run.step)
     if config.reward.overlong_buffer.enable:
         shaping_metrics |= punish_overlong(config, samples)
     if config.algorithm.mask_truncated:
@@ -125,6 +132,8 @@ def training_step(run: Run) -> dict[str, float]:
             grad_norms.append(grad_norm)
             num_skipped += not is_applied
 
+    with Timer("gen", timings):
+        run.lookahead.finish()
     with Timer("update_weights", timings):
         run.publish(version=run.step + 1)
     run.step += 1
@@ -150,11 +159,9 @@ def training_step(run: Run) -> dict[str, float]:
 
 def roll_out(run: Run, timings: dict[str, float], batch: int) -> list[Group]:
     """Draw prompts, sample their responses and score them; `batch` counts within the step."""
-    seed = step_seed(run.config.trainer.seed, run.step, batch)
     run.console.phase("generating")
-    prompts = [run.train_prompts[i] for i in run.sampler.next_batch()]
     with Timer("gen", timings):
-        responses = run.engine.generate([p.token_ids for p in prompts], run.sampling, seed)
+        prompts, responses = run.lookahead.take(run.step, batch)
     run.console.phase("scoring")
     with Timer("reward", timings):
         texts, scores = score_responses(run.tokenizer, run.rewards, prompts, responses)

@@ -4,6 +4,7 @@
 the pieces that it is made of. docs/megatron.md shows both.
 """
 
+from flowrl.megatron.critic import MegatronCritic
 from flowrl.megatron.head import vocab_parallel_logprob
 from flowrl.megatron.layout import Layout, initialize, is_last_stage
 from flowrl.megatron.model import FlowModel, build_chunks, wrap
@@ -18,6 +19,7 @@ __all__ = [
     "FlowModel",
     "Layout",
     "MegatronAdamW",
+    "MegatronCritic",
     "MegatronPolicy",
     "ShardedBatch",
     "StepSettings",

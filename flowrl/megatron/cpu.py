@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import random
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -33,6 +34,16 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _splits_on_host(
+    dispatcher: MoEAlltoAllTokenDispatcher, point: str, tokens_per_expert: Tensor
+) -> Tensor:
+    """Give the exchange its numbers of tokens, which on a GPU a stream of its own copies here."""
+    sent, received = dispatcher.input_splits, dispatcher.output_splits
+    if point == dispatcher.cuda_dtoh_point and sent is not None and received is not None:
+        dispatcher.input_splits, dispatcher.output_splits = sent.numpy(), received.numpy()
+    return tokens_per_expert
+
+
 @functools.cache
 def enable_cpu() -> None:
     """Make Megatron's CUDA calls mean the CPU, in this process; no effect where CUDA exists.
@@ -44,7 +55,13 @@ def enable_cpu() -> None:
         return
     torch.cuda.current_device = lambda: CPU  # pyright: ignore[reportAttributeAccessIssue]
     torch.cuda.synchronize = lambda device=None: None
+    # 0.19 asks before every gradient sync, for events that only CUDA graphs record.
+    torch.cuda.current_stream = lambda device=None: CPU  # pyright: ignore
     # Recomputation restores the generators around the second forward pass.
     random._get_cuda_rng_state = lambda clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, graph_safe=False: torch.set_rng_state(state)
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = CPU  # pyright: ignore  # else it makes a stream
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = (  # pyright: ignore
+        _splits_on_host
+    )
     _CudaMeansCpu().__enter__()

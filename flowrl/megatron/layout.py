@@ -1,4 +1,4 @@
-"""How the ranks divide the work: tensor, pipeline, context and data parallelism."""
+"""How the ranks divide the work: tensor, pipeline, context, expert and data parallelism."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Layout:
     pipeline: int = 1
     virtual_pipeline: int = 1  # model chunks per pipeline rank
     context: int = 1
-    expert: int = 1  # mixtures of experts are not supported yet
+    expert: int = 1  # ranks that share the experts: tensor, context and data ranks of a stage
     sequence_parallel: bool = False  # shard activations between the tensor-parallel layers
 
     def __post_init__(self) -> None:
@@ -40,16 +40,14 @@ class Layout:
                 "sequence_parallel = True shards over the tensor-parallel ranks, but tensor = 1: "
                 "raise tensor, or set sequence_parallel = False"
             )
-        if self.expert > 1:
-            raise ValueError(
-                f"expert = {self.expert}: no model that the Megatron policy knows has experts; "
-                "set expert = 1"
-            )
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model and of a micro-batch."""
-        return self.tensor * self.pipeline * self.context
+        """The least number of ranks, and what any number must be a multiple of.
+
+        They hold one copy of the model, and without experts one micro-batch.
+        """
+        return math.lcm(self.tensor * self.context, self.expert) * self.pipeline
 
     @property
     def sequence_multiple(self) -> int:
@@ -87,8 +85,8 @@ def initialize(layout: Layout, timeout_s: float = 1800.0) -> None:
     if world_size % layout.model_ranks:
         raise ValueError(
             f"{world_size} ranks are no multiple of tensor * pipeline * context = "
-            f"{layout.tensor} * {layout.pipeline} * {layout.context}: start a multiple of "
-            f"{layout.model_ranks} ranks"
+            f"{layout.tensor} * {layout.pipeline} * {layout.context} and of pipeline * expert = "
+            f"{layout.pipeline} * {layout.expert}: start a multiple of {layout.model_ranks} ranks"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -97,6 +95,8 @@ def initialize(layout: Layout, timeout_s: float = 1800.0) -> None:
             layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
         ),
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,  # experts are narrow: they are dealt out whole
         distributed_timeout_minutes=max(1, math.ceil(timeout_s / 60)),
     )
     # The model has no dropout and takes its weights from outside: no state per rank is needed.
@@ -121,6 +121,11 @@ def data_size() -> int:
 def tensor_group() -> dist.ProcessGroup:
     """Ranks that share one layer's matrices and the vocabulary."""
     return _one(parallel_state.get_tensor_model_parallel_group())
+
+
+def expert_group() -> dist.ProcessGroup:
+    """Ranks that share the experts of a layer."""
+    return _one(parallel_state.get_expert_model_parallel_group())
 
 
 def context_group() -> dist.ProcessGroup:

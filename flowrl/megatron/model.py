@@ -32,14 +32,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
+    get_transformer_layer_offset,
 )
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from flowrl.megatron.attention import PackedAttention
+from flowrl.megatron.experts import local_moe_spec, mark_experts
 from flowrl.megatron.layout import Layout
 from flowrl.megatron.model_config import (
     HAS_TRANSFORMER_ENGINE,
+    expert_layers,
     padded_vocab_size,
     rope_frequencies,
     transformer_config,
@@ -56,9 +59,13 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore
 
 
-def _layer_spec(config: TransformerConfig) -> ModuleSpec:
+def _layer_spec(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
     if HAS_TRANSFORMER_ENGINE:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts if has_experts else None,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
@@ -82,33 +89,38 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
+            mlp=local_moe_spec() if has_experts else mlp,
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
 
 
-def _block_spec(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
+def _block_spec(
+    hf_config: PretrainedConfig, config: TransformerConfig, chunk: int | None
+) -> TransformerBlockSubmodules:
     norm = RMSNorm
     if HAS_TRANSFORMER_ENGINE:
         from megatron.core.extensions.transformer_engine import TENorm
 
         norm = TENorm
-    num_layers = get_num_layers_to_build(config, chunk)
+    first = get_transformer_layer_offset(config, chunk)
+    layers = expert_layers(hf_config)[first : first + get_num_layers_to_build(config, chunk)]
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(config)] * num_layers,
+        layer_specs=[_layer_spec(config, has_experts) for has_experts in layers],
         layer_norm=norm,  # pyright: ignore[reportArgumentType]
     )
 
 
 def _mark_shards(model: torch.nn.Module) -> None:
-    """Say which weights are shards and no copies, which Megatron does only when it initialises.
+    """Say which weights are shards and no copies; before 0.18 Megatron does so only if it inits.
 
     Without the mark the gradient norm leaves out the shards of all tensor-parallel ranks but one.
     """
     dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
-        if type(module) in dims and module.weight is not None:
+        if type(module) not in dims or module.weight is None:
+            continue
+        if not hasattr(module.weight, "tensor_model_parallel"):  # to set it twice is an error
             set_tensor_model_parallel_attributes(module.weight, True, dims[type(module)], 1)
 
 
@@ -117,7 +129,8 @@ class FlowModel(GPTModel):
 
     There, `postprocess(model, hidden)` turns the post-norm states [s, 1, H], of which each
     tensor-parallel rank has its part under sequence parallelism, into what the pipeline schedule
-    calls the model's output; without one the states are the output.
+    calls the model's output; without one the states are the output. A critic's last chunk holds a
+    value head and no output weight.
     """
 
     def __init__(
@@ -127,23 +140,27 @@ class FlowModel(GPTModel):
         layout: Layout,
         chunk: int,
         partition: PartitionNetwork | None,
+        value_head: torch.nn.Linear | None,
     ):
         vp_stage = chunk if layout.virtual_pipeline > 1 else None
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         super().__init__(
             config=config,
-            transformer_layer_spec=_block_spec(config, vp_stage),  # pyright: ignore
+            transformer_layer_spec=_block_spec(hf_config, config, vp_stage),  # pyright: ignore
             vocab_size=padded_vocab_size(hf_config, layout),
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(
                 ignore_virtual=False, vp_stage=vp_stage
             ),
             post_process=is_last,
-            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+            share_embeddings_and_output_weights=(
+                hf_config.tie_word_embeddings and value_head is None
+            ),
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
         _mark_shards(self)
+        mark_experts(self)
         self.hf_config = hf_config
         self.rotary_pos_emb.inv_freq = rope_frequencies(hf_config)[0]
         self.partition = partition if is_last else None
@@ -151,7 +168,13 @@ class FlowModel(GPTModel):
         num_rows = padded_vocab_size(hf_config, layout) // layout.tensor
         self.vocab_start = num_rows * parallel_state.get_tensor_model_parallel_rank()
         self.num_vocab_rows = min(num_rows, hf_config.vocab_size - self.vocab_start)
-        if is_last:
+        self.value_head = value_head if is_last else None
+        if self.value_head is not None:
+            # Its gradient is then a sum over the rows of each tensor-parallel rank.
+            for parameter in self.value_head.parameters():
+                parameter.sequence_parallel = config.sequence_parallel  # pyright: ignore
+            del self.output_layer
+        elif is_last:
             # The head runs as the output layer's forward pass, because a module's call is what
             # makes DDP wait for its weight when it gathers parameters during the forward pass.
             self.output_layer.forward = self._head  # pyright: ignore
@@ -172,7 +195,11 @@ class FlowModel(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
         """What GPTModel.forward ends with."""
-        return self.output_layer(hidden_states) if self.post_process else hidden_states
+        if not self.post_process:
+            return hidden_states
+        if self.value_head is not None:
+            return self._head(hidden_states)
+        return self.output_layer(hidden_states)
 
 
 def build_chunks(
@@ -181,22 +208,27 @@ def build_chunks(
     dtype: torch.dtype,
     *,
     partition: PartitionNetwork | None = None,
+    value_head: torch.nn.Linear | None = None,
     recompute: str | None = None,
 ) -> list[FlowModel]:
     """This rank's model chunks, one per virtual pipeline stage, with weights yet to be loaded.
 
     `partition` (Z, the same on all ranks) goes to the chunk that computes the loss and stays
-    float32. Raises ValueError for a model that Megatron's layers do not represent.
+    float32, as does a critic's `value_head` (H to 1), with which there is no output weight. Raises
+    ValueError for a model that Megatron's layers do not represent.
     """
     config = transformer_config(hf_config, layout, dtype, recompute)
     chunks = [
-        FlowModel(hf_config, config, layout, chunk, partition)
+        FlowModel(hf_config, config, layout, chunk, partition, value_head)
         for chunk in range(layout.virtual_pipeline)
     ]
     if torch.cuda.is_available():
         for chunk in chunks:
             chunk.cuda(torch.cuda.current_device())
     return chunks
+
+
+WrappedChunks = list[DistributedDataParallel]
 
 
 def wrap(
@@ -206,7 +238,7 @@ def wrap(
     overlap_grad_reduce: bool = False,
     overlap_param_gather: bool = False,
     bucket_size: int | None = None,
-) -> list[DistributedDataParallel]:
+) -> WrappedChunks:
     """Wrap chunks for training: float32 `main_grad` buffers, summed over data and context ranks.
 
     Gradients are summed and not averaged, since the config says calculate_per_token_loss: the

@@ -6,6 +6,7 @@ field of a supported config that alters the forward pass is looked at here.
 
 import importlib.util
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from flowrl.megatron.layout import Layout
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies are constant
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 RECOMPUTE = {
@@ -46,6 +47,18 @@ def head_dim(hf_config: PretrainedConfig) -> int:
     if hasattr(hf_config, "head_dim") and hf_config.head_dim is not None:
         return hf_config.head_dim
     return hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def expert_layers(hf_config: PretrainedConfig) -> list[bool]:
+    """For each layer whether a mixture of experts takes the place of the MLP."""
+    if hf_config.model_type != "qwen3_moe":
+        return [False] * hf_config.num_hidden_layers
+    return [
+        layer not in hf_config.mlp_only_layers
+        and hf_config.num_experts > 0
+        and (layer + 1) % hf_config.decoder_sparse_step == 0
+        for layer in range(hf_config.num_hidden_layers)
+    ]
 
 
 def padded_vocab_size(hf_config: PretrainedConfig, layout: Layout) -> int:
@@ -86,6 +99,7 @@ def _refuse_unrepresented(hf_config: PretrainedConfig, layout: Layout) -> None:
             f"{model_type} with {name} = {value!r} is not represented in the Megatron policy; "
             "train this model with the torch policy"
         )
+    _refuse_experts(hf_config, layout)
     num_chunks = layout.pipeline * layout.virtual_pipeline
     for name, parts, axis in (
         ("num_attention_heads", layout.tensor, "tensor"),
@@ -111,13 +125,78 @@ def _refuse_unrepresented(hf_config: PretrainedConfig, layout: Layout) -> None:
         )
 
 
+def _refuse_experts(hf_config: PretrainedConfig, layout: Layout) -> None:
+    """Raise for a mixture of experts, or the lack of one, that does not go with the layout."""
+    model_type, has_experts = hf_config.model_type, any(expert_layers(hf_config))
+    if layout.expert > 1 and not has_experts:
+        raise ValueError(
+            f"expert = {layout.expert}: this {model_type} has no experts to share; set expert = 1"
+        )
+    if model_type != "qwen3_moe":
+        return
+    if not has_experts:
+        raise ValueError(
+            f"{model_type} with num_experts = {hf_config.num_experts}, decoder_sparse_step = "
+            f"{hf_config.decoder_sparse_step} and mlp_only_layers = {hf_config.mlp_only_layers} "
+            "has no layer with experts; save it as the dense qwen3 that it is"
+        )
+    if hf_config.sliding_window is not None:
+        raise ValueError(
+            f"{model_type} with sliding_window = {hf_config.sliding_window} is not represented in "
+            "the Megatron policy; set use_sliding_window = false, or train it with the torch policy"
+        )
+    if hf_config.output_router_logits:
+        raise ValueError(
+            f"{model_type} with output_router_logits = True asks for a load-balancing loss, which "
+            "no policy here adds; set it to false"
+        )
+    if hf_config.num_experts_per_tok == 1 and hf_config.norm_topk_prob:
+        raise ValueError(
+            f"{model_type} with num_experts_per_tok = 1 and norm_topk_prob = True weighs every "
+            "expert with 1, so its router would learn nothing; set norm_topk_prob = false"
+        )
+    if hf_config.num_experts % layout.expert:
+        raise ValueError(
+            f"{model_type} with num_experts = {hf_config.num_experts} does not divide over expert "
+            f"= {layout.expert}: choose a divisor"
+        )
+    if layout.tensor > 1 and not layout.sequence_parallel:
+        raise ValueError(
+            f"{model_type} on tensor = {layout.tensor} ranks without sequence parallelism would "
+            "send every token to its experts once per rank; set sequence_parallel = True"
+        )
+
+
+def _expert_settings(hf_config: PretrainedConfig, layout: Layout) -> dict[str, Any]:
+    """What Megatron is told of the experts.
+
+    The router's logits have the model's dtype, its softmax is float32 and no token is dropped, as
+    in transformers. There is no load-balancing loss. Experts are whole: the tensor-parallel ranks
+    share them like other ranks, and tokens travel to them.
+    """
+    if hf_config.model_type != "qwen3_moe":
+        return {}
+    return {
+        "num_moe_experts": hf_config.num_experts,
+        "moe_layer_freq": [int(has_experts) for has_experts in expert_layers(hf_config)],
+        "moe_ffn_hidden_size": hf_config.moe_intermediate_size,
+        "moe_router_topk": hf_config.num_experts_per_tok,
+        # A softmax over the chosen logits is one over all, divided by the sum of the chosen.
+        "moe_router_pre_softmax": not hf_config.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": HAS_TRANSFORMER_ENGINE,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
 def transformer_config(
     hf_config: PretrainedConfig,
     layout: Layout,
     dtype: torch.dtype,
     recompute: str | None = None,
 ) -> TransformerConfig:
-    """Megatron's config of a Llama, Qwen2 or Qwen3 model on one layout.
+    """Megatron's config of a Llama, Qwen2, Qwen3 or Qwen3-MoE model on one layout.
 
     `recompute`: None, "selective" or "full". The head's dropout-free forward pass is what
     transformers computes. Raises ValueError for every setting that Megatron's layers would not
@@ -140,7 +219,7 @@ def transformer_config(
         kv_channels=head_dim(hf_config),
         normalization="RMSNorm",
         layernorm_epsilon=hf_config.rms_norm_eps,
-        qk_layernorm=hf_config.model_type == "qwen3",
+        qk_layernorm=hf_config.model_type in ("qwen3", "qwen3_moe"),
         add_bias_linear=False,
         add_qkv_bias=hf_config.model_type == "qwen2",
         gated_linear_unit=True,
@@ -172,6 +251,7 @@ def transformer_config(
         bias_activation_fusion=has_cuda,
         # The fused rope has no factor.
         apply_rope_fusion=HAS_TRANSFORMER_ENGINE and rope_factor == 1.0,
+        **_expert_settings(hf_config, layout),
         **RECOMPUTE[recompute],
     )
     if rope_factor != 1.0:

@@ -10,24 +10,43 @@ any layout, one process included, continues under any other. Every call here is 
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from safetensors import safe_open
 from torch import Tensor
 
-from flowrl.megatron.layout import is_last_stage
 from flowrl.megatron.model import FlowModel
 from flowrl.megatron.optimizer import MegatronAdamW
-from flowrl.megatron.policy import MegatronPolicy
-from flowrl.megatron.weights import export_hf_weights, hf_names, load_hf_weights
+from flowrl.megatron.weights import (
+    export_hf_weights,
+    hf_names,
+    load_hf_weights,
+    own_parameters,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS)
-PARTITION = "partition."
+
+
+class Trained(Protocol):
+    """A policy or a critic."""
+
+    @property
+    def chunks(self) -> list[DistributedDataParallel]: ...
+
+    @property
+    def optimizer(self) -> MegatronAdamW: ...
+
+
+def policy_name(name: str) -> str:
+    """The name in a checkpoint of one of the policy's parameters: its own."""
+    return name
 
 
 def _owner(optimizer: MegatronAdamW, parameter: torch.nn.Parameter) -> MegatronOptimizer:
@@ -127,28 +146,28 @@ def _from_last_stage(value: Tensor | None) -> Tensor:
     return value
 
 
-def _models(policy: MegatronPolicy) -> list[FlowModel]:
-    modules = [chunk.module for chunk in policy.chunks]
+def _models(trained: Trained) -> list[FlowModel]:
+    modules = [chunk.module for chunk in trained.chunks]
     assert all(isinstance(module, FlowModel) for module in modules)
     return modules  # pyright: ignore[reportReturnType]
 
 
-def training_shapes(
-    weights: dict[str, torch.Size], partition: dict[str, torch.Size]
-) -> dict[str, torch.Size]:
-    """Names and shapes of what `training_tensors` yields."""
-    trained = weights | {PARTITION + name: shape for name, shape in partition.items()}
+def training_shapes(trained: dict[str, torch.Size]) -> dict[str, torch.Size]:
+    """Names and shapes of what `training_tensors` yields, from those of the parameters."""
     shapes = {f"{kind}.{name}": shape for kind in KINDS for name, shape in trained.items()}
     return shapes | {f"step.{name}": torch.Size() for name in trained}
 
 
-def training_tensors(policy: MegatronPolicy) -> Iterator[tuple[str, Tensor]]:
+def training_tensors(
+    trained: Trained, rename: Callable[[str], str] = policy_name
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, float32 tensor) of masters, moments and update counts, one at a time.
 
-    Every rank must exhaust the iterator; every rank is given all tensors.
+    `rename` turns HF's names, `partition.*` and `value_head.*` into those of the checkpoint. Every
+    rank must exhaust the iterator; every rank is given all tensors.
     """
-    optimizer = policy.optimizer
-    modules = _models(policy)
+    optimizer = trained.optimizer
+    modules = _models(trained)
     names = []
     for kind in KINDS:
 
@@ -156,49 +175,49 @@ def training_tensors(policy: MegatronPolicy) -> Iterator[tuple[str, Tensor]]:
             return _read(optimizer, parameter, kind)
 
         for name, tensor in export_hf_weights(modules, read=read):
-            names += [name] if kind == "master" else []
-            yield f"{kind}.{name}", tensor
-    partition = modules[-1].partition if is_last_stage() else None
-    own = {} if partition is None else dict(partition.named_parameters())
+            names += [rename(name)] if kind == "master" else []
+            yield f"{kind}.{rename(name)}", tensor
+    own = own_parameters(modules[-1])
     own_names: list[object] = [list(own)]
     group = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast_object_list(own_names, group=group, group_src=group.size() - 1)
     for name in own_names[0]:  # pyright: ignore
-        names.append(PARTITION + name)
+        names.append(rename(name))
         for kind in KINDS:
             value = _read(optimizer, own[name], kind) if name in own else None
-            yield f"{kind}.{PARTITION}{name}", _from_last_stage(value)
+            yield f"{kind}.{rename(name)}", _from_last_stage(value)
     count = float(_num_updates(optimizer))
     for name in names:
         yield f"step.{name}", torch.tensor(count)
 
 
 @torch.no_grad()
-def load_training_tensors(policy: MegatronPolicy, path: Path) -> None:
+def load_training_tensors(
+    trained: Trained, path: Path, rename: Callable[[str], str] = policy_name
+) -> None:
     """Take weights, masters, moments and counts from a file of `training_tensors`.
 
     Each rank reads what it holds. Raises ValueError when parameters are missing.
     """
-    optimizer = policy.optimizer
-    modules = _models(policy)
-    partition = modules[-1].partition if is_last_stage() else None
-    own = {} if partition is None else dict(partition.named_parameters())
+    optimizer = trained.optimizer
+    modules = _models(trained)
+    own = own_parameters(modules[-1])
     with safe_open(path, framework="pt") as file:
         present = set(file.keys())
-        needed = hf_names(modules) | {PARTITION + name for name in own}
+        needed = {rename(name) for name in hf_names(modules) | set(own)}
         missing = sorted(name for name in needed if f"master.{name}" not in present)
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} parameters, first {missing[0]}")
 
         def stored(kind: str) -> Iterator[tuple[str, Tensor]]:
             for name in sorted(hf_names(modules)):
-                yield name, file.get_tensor(f"{kind}.{name}")
+                yield name, file.get_tensor(f"{kind}.{rename(name)}")
 
         has_moments = all(f"{kind}.{name}" in present for kind in MOMENTS for name in needed)
         for kind in KINDS if has_moments else KINDS[:1]:
             load_hf_weights(modules, stored(kind), write=_writer(optimizer, kind))
             for name, parameter in own.items():
-                value = file.get_tensor(f"{kind}.{PARTITION}{name}")
+                value = file.get_tensor(f"{kind}.{rename(name)}")
                 _writer(optimizer, kind)(parameter, value)
         if has_moments:
             _set_num_updates(optimizer, int(file.get_tensor(f"step.{min(needed)}")))

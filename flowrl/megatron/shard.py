@@ -44,6 +44,8 @@ class ShardedBatch:
     old_logprobs: Tensor | None  # [N] likewise
     ref_logprobs: Tensor | None  # [N] likewise
     advantages: Tensor | None  # [N] likewise
+    values: Tensor | None  # [N] likewise
+    returns: Tensor | None  # [N] likewise
     token_weights: Tensor | None  # [N] likewise
     sequence_weights: Tensor  # [B]
     rewards: Tensor  # [B]
@@ -165,6 +167,8 @@ def shard(
         old_logprobs=shifted("old_logprobs"),
         ref_logprobs=shifted("ref_logprobs"),
         advantages=shifted("advantages"),
+        values=shifted("values"),
+        returns=shifted("returns"),
         token_weights=shifted("token_weights"),
         sequence_weights=torch.tensor([s.sequence_weight for s in chosen]),
         rewards=torch.tensor([s.reward for s in chosen]),

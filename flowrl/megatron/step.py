@@ -137,28 +137,36 @@ def _without_graph(readout: Readout) -> Readout:
     return Readout(tokens, None if readout.log_z is None else readout.log_z.detach())
 
 
-def loss_func(
-    batch: ShardedBatch, objective: Objective | None, num_filled: int, readout: Readout
-) -> tuple[Tensor, Tensor, Record]:
-    """Megatron's (loss sum, count, anything) of one micro-batch.
+def counted_loss(
+    batch: ShardedBatch, output: ObjectiveOutput | None, num_filled: int, zero: Tensor
+) -> tuple[Tensor, Tensor, ObjectiveOutput | None]:
+    """Megatron's (loss sum, count) of one micro-batch, and its output without the graph.
 
-    A micro-batch without sequences counts nothing, but its zero reaches every parameter, for
+    A micro-batch without an output counts nothing, but its `zero` reaches every parameter, for
     which data-parallel reduction waits.
     """
-    tokens, log_z = readout.tokens, readout.log_z
-    output, count = None, 0
-    if objective is None or batch.num_sequences == 0:
-        loss = 0 * tokens.logprobs.sum()
-        if log_z is not None:
-            loss = loss + 0 * log_z.sum()
-    else:
-        # ShardedBatch has the fields of a PackedBatch that are not about the trunk.
-        output = objective(cast(PackedBatch, batch), tokens, log_z)
+    loss, count = zero, 0
+    if output is not None:
         factor, count = reported_count(output.normalizer, batch, num_filled)
         loss = factor * output.loss_sum
         output = replace(output, loss_sum=output.loss_sum.detach())
-    reported = torch.tensor(count, dtype=torch.int, device=loss.device)
-    return loss, reported, Record(batch, _without_graph(readout), output)
+    return loss, torch.tensor(count, dtype=torch.int, device=loss.device), output
+
+
+def loss_func(
+    batch: ShardedBatch, objective: Objective | None, num_filled: int, readout: Readout
+) -> tuple[Tensor, Tensor, Record]:
+    """Megatron's (loss sum, count, anything) of one micro-batch."""
+    tokens, log_z = readout.tokens, readout.log_z
+    zero = 0 * tokens.logprobs.sum()
+    if log_z is not None:
+        zero = zero + 0 * log_z.sum()
+    output = None
+    if objective is not None and batch.num_sequences > 0:
+        # ShardedBatch has the fields of a PackedBatch that are not about the trunk.
+        output = objective(cast(PackedBatch, batch), tokens, log_z)
+    loss, count, output = counted_loss(batch, output, num_filled, zero)
+    return loss, count, Record(batch, _without_graph(readout), output)
 
 
 def packed_seq_params(batch: ShardedBatch) -> PackedSeqParams:
@@ -178,6 +186,26 @@ def packed_seq_params(batch: ShardedBatch) -> PackedSeqParams:
     )
 
 
+def run_chunk(
+    batches: Iterator[ShardedBatch], model: torch.nn.Module, read: Callable[..., object]
+) -> tuple[ShardedBatch, object]:
+    """Run one chunk on the next micro-batch, which is returned with the chunk's output.
+
+    Of the last stage that is `read(chunk, hidden, batch=batch)` of its states [n, 1, H].
+    """
+    batch = next(batches)
+    chunk = unwrap_model(model)
+    assert isinstance(chunk, FlowModel)
+    chunk.postprocess = partial(read, batch=batch)
+    output = model(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        attention_mask=None,
+        packed_seq_params=packed_seq_params(batch),
+    )
+    return batch, output
+
+
 def forward_step(
     batches: Iterator[ShardedBatch],
     model: torch.nn.Module,
@@ -186,15 +214,6 @@ def forward_step(
     objective: Objective | None,
     num_filled: int,
 ) -> tuple[object, Callable[[Readout], tuple[Tensor, Tensor, Record]]]:
-    """Megatron's forward_step_func: run one chunk on the next micro-batch."""
-    batch = next(batches)
-    chunk = unwrap_model(model)
-    assert isinstance(chunk, FlowModel)
-    chunk.postprocess = partial(read_out, batch=batch, settings=settings)
-    output = model(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        attention_mask=None,
-        packed_seq_params=packed_seq_params(batch),
-    )
+    """Megatron's forward_step_func of the policy."""
+    batch, output = run_chunk(batches, model, partial(read_out, settings=settings))
     return output, partial(loss_func, batch, objective, num_filled)

@@ -1,13 +1,14 @@
 """Weights by their HF names, in and out of any layout, one parameter at a time.
 
 Megatron fuses the query, key and value projections group by group, and gate and up projection
-shard by shard; it pads the vocabulary to equal shards. Nothing is computed, so a round trip
-gives the same bits.
+shard by shard; it pads the vocabulary to equal shards. The experts of a layer are one tensor here,
+as they are in a transformers model; its files may also name them one by one. Nothing is computed,
+so a round trip gives the same bits.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,22 +19,30 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from flowrl.megatron.layout import pipeline_group, tensor_group
+from flowrl.megatron.experts import stacked_name
+from flowrl.megatron.layout import expert_group, pipeline_group, tensor_group
 from flowrl.megatron.model import FlowModel
 from flowrl.megatron.model_config import head_dim
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NO_HF_WEIGHTS = ("partition.", "value_head.")  # Z and the critic's head, the same on all ranks
 LAYERS = "decoder.layers."  # how Megatron names layers, numbered from 0 on every chunk
 
 
 @dataclass(frozen=True)
 class Entry:
-    """How one Megatron parameter relates to HF tensors."""
+    """How one Megatron parameter, or the experts of one layer, relate to HF tensors."""
 
     hf_names: tuple[str, ...]
-    split: Callable[[Sequence[Tensor], int], Sequence[Tensor]]  # HF tensors -> one shard a tp rank
+    split: Callable[[Sequence[Tensor], int], Sequence[Tensor]]  # HF tensors -> one shard a rank
     merge: Callable[[Sequence[Tensor]], Sequence[Tensor]]  # back
-    is_sharded: bool = True
+    # The ranks that have one shard each; None: all have the whole.
+    group: Callable[[], dist.ProcessGroup] | None = tensor_group
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether a shard is [n, ...], the n parameters of a rank's experts."""
+        return self.group is expert_group
 
 
 def _columns(name: str) -> Entry:
@@ -49,7 +58,14 @@ def _rows(name: str) -> Entry:
 
 
 def _replicated(name: str) -> Entry:
-    return Entry((name,), lambda hf, tp: [hf[0]] * tp, lambda shards: [shards[0]], False)
+    return Entry((name,), lambda hf, tp: [hf[0]] * tp, lambda shards: [shards[0]], None)
+
+
+def _experts(name: str) -> Entry:
+    """The experts of a layer [E, ...], divided over the expert-parallel ranks."""
+    return Entry(
+        (name,), lambda hf, ep: hf[0].chunk(ep), lambda shards: [torch.cat([*shards])], expert_group
+    )
 
 
 def _vocabulary(name: str, num_tokens: int) -> Entry:
@@ -92,6 +108,14 @@ def _gate_up(prefix: str) -> Entry:
     return Entry((f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"), split, merge)
 
 
+def _expert(stacked: Entry, index: int) -> Entry:
+    """One expert of a layer as files may name it, whole."""
+    prefix, kind = stacked.hf_names[0].rsplit(".", 1)
+    if kind == "gate_up_proj":
+        return replace(_gate_up(f"{prefix}.{index}"), group=None)
+    return _replicated(f"{prefix}.{index}.{kind}.weight")
+
+
 def _layer_entry(inner: str, layer: int, hf_config: PretrainedConfig) -> Entry:
     prefix = f"model.layers.{layer}"
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
@@ -107,6 +131,9 @@ def _layer_entry(inner: str, layer: int, hf_config: PretrainedConfig) -> Entry:
         "pre_mlp_layernorm.weight": mlp_norm,
         "mlp.linear_fc1.weight": _gate_up(mlp),
         "mlp.linear_fc2.weight": _rows(f"{mlp}.down_proj.weight"),
+        "mlp.router.weight": _replicated(f"{mlp}.gate.weight"),
+        "mlp.experts.linear_fc1.weight": _experts(f"{mlp}.experts.gate_up_proj"),
+        "mlp.experts.linear_fc2.weight": _experts(f"{mlp}.experts.down_proj"),
         # Transformer Engine's layers hold the norms in the projections that follow them.
         "self_attention.linear_qkv.layer_norm_weight": input_norm,
         "mlp.linear_fc1.layer_norm_weight": mlp_norm,
@@ -126,15 +153,26 @@ def _entry(name: str, hf_config: PretrainedConfig) -> Entry:
     }[name]
 
 
-def _parameters(chunk: FlowModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """A chunk's parameters by name with the layer's number in the whole model, Z excepted."""
+def _held(chunk: FlowModel) -> dict[str, list[torch.nn.Parameter]]:
+    """A chunk's parameters that HF has, by name with the layer's number in the whole model.
+
+    A name stands for one parameter, or for this rank's experts of a layer.
+    """
     offset = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
+    held: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in chunk.named_parameters():
         if name.startswith(LAYERS):
             layer, inner = name.removeprefix(LAYERS).split(".", 1)
-            yield f"{LAYERS}{int(layer) + offset}.{inner}", parameter
-        elif not name.startswith("partition."):
-            yield name, parameter
+            name = f"{LAYERS}{int(layer) + offset}.{stacked_name(inner) or inner}"
+        if not name.startswith(NO_HF_WEIGHTS):
+            held.setdefault(name, []).append(parameter)
+    return held
+
+
+def own_parameters(chunk: FlowModel) -> dict[str, torch.nn.Parameter]:
+    """A chunk's parameters that HF has not: `partition.*` or `value_head.*`."""
+    named = chunk.named_parameters()
+    return {name: parameter for name, parameter in named if name.startswith(NO_HF_WEIGHTS)}
 
 
 def _read_folder(folder: Path, is_needed: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
@@ -158,9 +196,35 @@ def hf_names(chunks: Sequence[FlowModel]) -> set[str]:
     return {
         hf_name
         for chunk in chunks
-        for name, _ in _parameters(chunk)
+        for name in _held(chunk)
         for hf_name in _entry(name, chunk.hf_config).hf_names
     }
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Parameters of this rank that HF tensors fill."""
+
+    entry: Entry
+    parameters: list[torch.nn.Parameter]
+
+    def shards(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What each parameter is given."""
+        group = self.entry.group
+        rank, size = (0, 1) if group is None else (group().rank(), group().size())
+        shard = self.entry.split(tensors, size)[rank]
+        return shard.unbind() if self.entry.is_stacked else [shard]
+
+
+def _targets(chunk: FlowModel) -> Iterator[_Target]:
+    """Experts are filled by the tensor of their layer, or each by its own."""
+    for name, parameters in _held(chunk).items():
+        entry = _entry(name, chunk.hf_config)
+        yield _Target(entry, parameters)
+        if entry.is_stacked:
+            first = expert_group().rank() * len(parameters)
+            for index, parameter in enumerate(parameters, first):
+                yield _Target(_expert(entry, index), [parameter])
 
 
 @torch.no_grad()
@@ -175,37 +239,43 @@ def load_hf_weights(
     parameter's. `write` says what becomes of a parameter's shard. Raises ValueError for missing
     weights and wrong shapes.
     """
-    tp, tp_rank = tensor_group().size(), tensor_group().rank()
-    waiting: dict[str, list[int]] = {}  # HF name -> the entries that want it
-    entries = [
-        (parameter, _entry(name, chunk.hf_config))
-        for chunk in chunks
-        for name, parameter in _parameters(chunk)
-    ]
-    for i, (_, entry) in enumerate(entries):
-        for name in entry.hf_names:
+    targets = [target for chunk in chunks for target in _targets(chunk)]
+    unfilled = {parameter for target in targets for parameter in target.parameters}
+    waiting: dict[str, list[int]] = {}  # HF name -> the targets that want it
+    for i, target in enumerate(targets):
+        for name in target.entry.hf_names:
             waiting.setdefault(name, []).append(i)
     if isinstance(source, Path | str):
         source = _read_folder(Path(source), waiting.__contains__)
     collected: dict[int, dict[str, Tensor]] = {}
     for name, tensor in source:
         for i in waiting.pop(name, ()):
-            parameter, entry = entries[i]
-            parts = collected.setdefault(i, {})
+            target, parts = targets[i], collected.setdefault(i, {})
+            names = target.entry.hf_names
             parts[name] = tensor
-            if len(parts) == len(entry.hf_names):
-                shard = entry.split([parts[n] for n in entry.hf_names], tp)[tp_rank]
-                if shard.shape != parameter.shape:
+            if len(parts) == len(names):
+                shards = target.shards([parts[n] for n in names])
+                given = [tuple(shard.shape) for shard in shards]
+                wanted = [tuple(parameter.shape) for parameter in target.parameters]
+                if given != wanted:
                     raise ValueError(
-                        f"{' and '.join(entry.hf_names)} give a shard of shape "
-                        f"{tuple(shard.shape)}, but the model's config asks for "
-                        f"{tuple(parameter.shape)}"
+                        f"{' and '.join(names)} give {len(given)} shard(s) of shape {given[0]}, "
+                        f"but the model's config asks for {len(wanted)} of {wanted[0]}"
                     )
-                write(parameter, shard)
+                for parameter, shard in zip(target.parameters, shards, strict=True):
+                    write(parameter, shard)
+                    unfilled.remove(parameter)
                 del collected[i]
-    if waiting:
+    if unfilled:
+        missing = {
+            name
+            for target in targets
+            if not target.entry.is_stacked and unfilled.intersection(target.parameters)
+            for name in target.entry.hf_names
+            if name in waiting
+        }
         raise ValueError(
-            f"the source lacks {len(waiting)} weights of the model, first {min(waiting)}"
+            f"the source lacks {len(missing)} weights of the model, first {min(missing)}"
         )
 
 
@@ -219,6 +289,18 @@ class _Location:
     dtype: torch.dtype
 
 
+def _shape_and_dtype(
+    name: str,
+    parameters: list[torch.nn.Parameter],
+    chunk: FlowModel,
+    read: Callable[[torch.nn.Parameter], Tensor],
+) -> tuple[torch.Size, torch.dtype]:
+    first = read(parameters[0])
+    if _entry(name, chunk.hf_config).is_stacked:
+        return torch.Size([len(parameters), *first.shape]), first.dtype
+    return first.shape, first.dtype
+
+
 def _locate(
     chunks: Sequence[FlowModel], read: Callable[[torch.nn.Parameter], Tensor]
 ) -> list[_Location]:
@@ -226,12 +308,14 @@ def _locate(
 
     Chunk by chunk and, within, stage by stage is the order of the layers.
     """
-    stage = pipeline_group().rank()
-    own = []
-    for chunk in chunks:
-        values = [(name, read(parameter)) for name, parameter in _parameters(chunk)]
-        own.append([_Location(name, stage, x.shape, x.dtype) for name, x in values])
     group = pipeline_group()
+    own = [
+        [
+            _Location(name, group.rank(), *_shape_and_dtype(name, parameters, chunk, read))
+            for name, parameters in _held(chunk).items()
+        ]
+        for chunk in chunks
+    ]
     everyone: list[list[list[_Location]]] = [[] for _ in range(group.size())]
     dist.all_gather_object(everyone, own, group=group)
     return [
@@ -262,9 +346,10 @@ def _along_pipeline(shard: Tensor | None, place: _Location, only_rank_0: bool) -
     return shard
 
 
-def _across_tensor_ranks(shard: Tensor, only_rank_0: bool) -> list[Tensor] | None:
-    """Bring the shards of all tensor-parallel ranks to all of them or to the first one."""
-    group = tensor_group()
+def _across_ranks(
+    shard: Tensor, group: dist.ProcessGroup, only_rank_0: bool
+) -> list[Tensor] | None:
+    """Bring the shards of all ranks of a group to all of them or to the first one."""
     if group.size() == 1:
         return [shard]
     is_receiver = not only_rank_0 or group.rank() == 0
@@ -277,6 +362,13 @@ def _across_tensor_ranks(shard: Tensor, only_rank_0: bool) -> list[Tensor] | Non
     return shards
 
 
+def _is_first_replica(entry: Entry) -> bool:
+    """Whether this rank's group holds the first of the copies of a parameter."""
+    if entry.is_stacked:
+        return parallel_state.get_expert_data_parallel_rank() == 0
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+
+
 @torch.no_grad()
 def export_hf_weights(
     chunks: Sequence[FlowModel],
@@ -286,25 +378,32 @@ def export_hf_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (HF name, full tensor) in the order of the layers, one parameter in memory at a time.
 
+    The experts of a layer are one tensor [E, ...], as in a transformers model.
+
     Collective: all ranks must exhaust the iterator. With `only_rank_0` the others are given
     nothing, and only the first replica of the model takes part. `read` chooses what is exported in
     a parameter's place and shape, such as its gradient. Tied weights appear once, under the
     embedding's name; Z does not appear.
     """
     hf_config = chunks[0].hf_config
-    own = {name: parameter for chunk in chunks for name, parameter in _parameters(chunk)}
+    own = {name: parameters for chunk in chunks for name, parameters in _held(chunk).items()}
     places = _locate(chunks, read)
-    if only_rank_0 and parallel_state.get_data_parallel_rank(with_context_parallel=True) > 0:
-        return
     stage = pipeline_group().rank()
     for place in places:
         if place.name == "output_layer.weight" and hf_config.tie_word_embeddings:
             continue  # the last stage's copy of the embedding
         entry = _entry(place.name, hf_config)
-        own_shard = read(own[place.name]).contiguous() if place.stage == stage else None
+        if only_rank_0 and not _is_first_replica(entry):
+            continue
+        own_shard = None
+        if place.stage == stage:
+            values = [read(parameter) for parameter in own[place.name]]
+            own_shard = torch.stack(values) if entry.is_stacked else values[0].contiguous()
         shard = _along_pipeline(own_shard, place, only_rank_0)
         if shard is None or (only_rank_0 and stage > 0):
             continue
-        shards = _across_tensor_ranks(shard, only_rank_0) if entry.is_sharded else [shard]
+        shards = [shard]
+        if entry.group is not None:
+            shards = _across_ranks(shard, entry.group(), only_rank_0)
         if shards is not None and not (only_rank_0 and dist.get_rank() > 0):
             yield from zip(entry.hf_names, entry.merge(shards), strict=True)

@@ -1,6 +1,6 @@
 """PPO's critic: the trunk of a language model with a value head, in one process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,13 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flowrl.batch import PackedBatch, Sample, micro_batches, response_values
-from flowrl.interface import normalizer_count
-from flowrl.objectives.output import ObjectiveOutput
+from flowrl.interface import ValueObjective, normalizer_count
 from flowrl.policy.attention import plan_attention
 from flowrl.policy.optimizer import MasterAdamW
-
-# (batch, values [N]) -> loss_sum and diagnostics
-ValueObjective = Callable[[PackedBatch, Tensor], ObjectiveOutput]
 
 
 @dataclass
@@ -36,7 +32,7 @@ class TorchCritic:
         ).last_hidden_state[0]
         response = batch.response_mask.nonzero()[:, 0]  # never 0: a sequence starts with its prompt
         states = hidden[batch.trunk_rows[response - 1]]
-        values = self.head(states.float())[:, 0]
+        values = self.head(states.to(self.head.weight.dtype))[:, 0]
         return values.new_zeros(len(batch.input_ids)).index_put((response,), values)
 
     @torch.no_grad()

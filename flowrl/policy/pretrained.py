@@ -101,6 +101,10 @@ def load_model(
         )
     except OSError as error:
         raise ValueError(f"model.path = {path}: {_one_line(error)}") from error
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, torch.nn.Embedding):
+        # It would drop the gradient of the padding token, which a policy may sample as any other.
+        embedding.padding_idx = None
     move(model, device)
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]

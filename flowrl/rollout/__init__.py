@@ -1,9 +1,10 @@
 """Rollout engines: prompts in, sampled responses with their log-probs out.
 
-Every engine offers `generate`, `publish` and `weight_version`; the training loop knows no more.
+Every engine offers `generate`, `begin`, `publish` and `weight_version`; the training loop knows no
+more.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -29,7 +30,15 @@ class Response:
     token_ids: list[int]  # [|y|], the end token or stop string included
     logprobs: list[float]  # [|y|], of the distribution that was really sampled from
     finish_reason: Literal["stop", "length"]
-    weight_version: int  # of the weights that produced it
+    weight_version: int  # of the weights that produced it, or its last token
+    token_versions: list[int] | None = None  # [|y|], of a response from several weights
+
+    @property
+    def versions(self) -> list[int]:
+        """[|y|], of the weights that produced each token."""
+        if self.token_versions is None:
+            return [self.weight_version] * len(self.token_ids)
+        return self.token_versions
 
 
 class RolloutEngine(Protocol):
@@ -41,6 +50,16 @@ class RolloutEngine(Protocol):
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int
     ) -> list[list[Response]]:
         """Sample `params.n` responses for every prompt; the same seed gives the same responses."""
+        ...
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int
+    ) -> Callable[[], list[list[Response]]]:
+        """Start what `generate` does, and return what waits for its result.
+
+        An engine with processes of its own samples meanwhile; until the result was waited for,
+        nothing else may be asked of it. The others are done when this returns.
+        """
         ...
 
     def publish(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -4,7 +4,7 @@ Prompts are left-padded and prefilled once; the cache is then repeated for the n
 prompt, and rows that have finished leave the batch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +153,13 @@ class TransformersEngine:
         longest = max(len(text.encode()) for text in stop)  # a token is one byte or more
         tail = self.tokenizer.decode(ids[-(longest + STOP_SLACK) :])
         return any(text in tail for text in stop)
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int
+    ) -> Callable[[], list[list[Response]]]:
+        """Sample at once, since trainer and engine share the process."""
+        responses = self.generate(prompts, params, seed)
+        return lambda: responses
 
     def publish(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take new weights; those that already share storage with the engine's cost nothing.

@@ -12,7 +12,7 @@ import multiprocessing
 import random
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.config import kept_environment
 from flowrl.rollout import Response, SamplingParams
-from flowrl.rollout.publication import checked, expected_weights
+from flowrl.rollout.publication import checked, expected_weights, refuse_experts
 from flowrl.rollout.requests import check_prompts, end_token_ids, request_seeds
 from flowrl.settings import RolloutConfig
 
@@ -101,6 +101,7 @@ class VllmEngine:
         self.max_model_len = max_model_len
         self.weight_version = 0
         self._expected = expected_weights(hf_config, trust_remote_code)
+        refuse_experts(self._expected)
         self._end_ids = end_token_ids(model_path, hf_config, tokenizer)
         self._frees_memory = settings.free_cache_engine
         self._is_asleep = False
@@ -211,6 +212,13 @@ class VllmEngine:
         if self._is_asleep:
             self._llm.wake_up()
             self._is_asleep = False
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int
+    ) -> Callable[[], list[list[Response]]]:
+        """Sample at once, since trainer and engine share the process."""
+        responses = self.generate(prompts, params, seed)
+        return lambda: responses
 
     def publish(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take new weights; later responses carry `version`, and no cache of older ones is used.

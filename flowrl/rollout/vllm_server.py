@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +35,7 @@ from flowrl.rollout.dispatch import (
     revive_some,
     try_to_revive,
 )
+from flowrl.rollout.publication import refuse_experts
 from flowrl.rollout.published_folder import make_run_folder, write_publication
 from flowrl.rollout.requests import check_prompts, end_token_ids, request_seeds
 from flowrl.rollout.vllm_client import Request, ServedModel, VllmClient
@@ -85,12 +87,15 @@ class VllmServerEngine:
             shapes={name: weight.shape for name, weight in model.named_parameters()},
             max_model_len=max_model_len,
         )
+        refuse_experts(self.model.shapes)
         self.dtype = model.dtype
         self.end_ids = end_token_ids(model_path, model.config, tokenizer)
         self.weight_version = -1
         self.num_published = 0
         self.run_folder = make_run_folder(Path(settings.weight_dir or tempfile.gettempdir()))
         self.folder = self.run_folder / "none"  # of the last publication
+        self.thread = ThreadPoolExecutor(1, "rollout")
+        self.aside: asyncio.Runner | None = None  # what the thread runs
         with ExitStack() as stack:  # a start that is refused leaves no folder behind
             stack.callback(self.close)
             self._run(self._meet_servers)
@@ -106,6 +111,31 @@ class VllmServerEngine:
         1 + max_retries times, or when no server was usable for request_timeout_s, and ValueError
         for a prompt that is empty or too long.
         """
+        return self._run(self._sampling(prompts, params, seed))
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int
+    ) -> Callable[[], list[list[Response]]]:
+        """Have the servers sample while this thread goes on; the rest is as with `generate`."""
+        assert self.aside is None, "the engine is sampling"
+        sample = self._with_client(self._sampling(prompts, params, seed))
+        # Its loop is made here, so that `close` can stop it from this thread.
+        self.aside = runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        runner.get_loop()
+        future = self.thread.submit(runner.run, sample)
+
+        def wait() -> list[list[Response]]:
+            try:
+                return future.result()
+            finally:
+                runner.close()
+                self.aside = None
+
+        return wait
+
+    def _sampling(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int
+    ) -> Callable[[VllmClient], Awaitable[list[list[Response]]]]:
         check_prompts(prompts, params, self.model.max_model_len)
         seeds = request_seeds(seed, len(prompts) * params.n)
         requests = [
@@ -127,7 +157,7 @@ class VllmServerEngine:
                 give_up_s=self.settings.request_timeout_s,
             )
 
-        return self._run(sample)
+        return sample
 
     def publish(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Write the weights to the shared folder, one at a time, and have every server load them.
@@ -157,7 +187,11 @@ class VllmServerEngine:
         shutil.rmtree(previous, ignore_errors=True)  # nobody is asked to load it any more
 
     def close(self) -> None:
-        """Remove the published weights; the servers go on."""
+        """Give up what is being sampled and remove the published weights; the servers go on."""
+        if self.aside is not None:
+            loop = self.aside.get_loop()
+            loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+        self.thread.shutdown()
         shutil.rmtree(self.run_folder, ignore_errors=True)
 
     async def _meet_servers(self, client: VllmClient) -> None:

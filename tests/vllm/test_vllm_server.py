@@ -4,6 +4,7 @@ import asyncio
 import json
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from copy import deepcopy
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import torch
 from tiny_model import tiny_tokenizer
+from training_samples import trained, training_rows
 from transformers import PreTrainedModel
 from vllm_models import (
     assert_exact,
@@ -144,6 +146,52 @@ def test_seed_decides_whatever_is_sampled_together(
 
 def token_ids(groups: list[list[Response]]) -> list[list[list[int]]]:
     return [[r.token_ids for r in group] for group in groups]
+
+
+def test_what_is_begun_goes_on_aside_and_is_what_generate_returns(engine: VllmServerEngine) -> None:
+    params = SamplingParams(n=2, max_tokens=120)
+    expected = token_ids(engine.generate(PROMPTS, params, seed=3))
+    started_at = time.monotonic()
+    wait = engine.begin(PROMPTS, params, seed=3)
+    begun_s = time.monotonic() - started_at
+    assert token_ids(wait()) == expected
+    assert begun_s < 0.25 * (time.monotonic() - started_at)
+    with pytest.raises(ValueError, match="prompt 0 has no tokens"):
+        engine.begin([[]], params, seed=3)
+    assert token_ids(engine.generate(PROMPTS, params, seed=3)) == expected
+
+
+def test_a_run_that_ends_gives_up_what_it_has_begun(
+    served_model: Served, shared_server: ServerProcess
+) -> None:
+    engine = make_engine(served_model, shared_server.url)
+    wait = engine.begin([PROMPTS[0]] * 64, SamplingParams(n=4, max_tokens=240), seed=0)
+    started_at = time.monotonic()
+    engine.close()
+    assert time.monotonic() - started_at < 2
+    with pytest.raises(asyncio.CancelledError):
+        wait()
+
+
+def test_a_run_trains_while_its_server_samples(
+    served_model: Served, shared_server: ServerProcess, tmp_path: Path
+) -> None:
+    changes = (
+        "rollout.engine=vllm",
+        f"rollout.servers=[{shared_server.url}]",
+        "rollout.max_staleness=7",
+        "flow.old_logprobs=rollout",
+        "trainer.total_training_steps=5",
+        "trainer.val_before_train=false",
+    )
+    trained(served_model[0], tmp_path / "run", *changes)
+    rows = training_rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    staleness = [row["rollout/staleness_max"] for row in rows]
+    assert staleness[0] == 0 and all(0 < s <= i for i, s in enumerate(staleness) if i)
+    # The first step's tokens are of the weights that it trains; later ones moved under theirs.
+    differences = [row["mismatch/logprob_abs_diff_max"] for row in rows]
+    assert differences[0] < BOUND < max(differences)
 
 
 def test_prompts_that_do_not_fit_are_refused(engine: VllmServerEngine) -> None:
