@@ -114,11 +114,32 @@ def test_switches_of_memory() -> None:
     assert memory("model.dtype=float32").optimizer == 8 * NUM_7B / 2
     assert memory("flow.log_z=none").partition == 0
     assert memory("algorithm.objective=grpo").partition == 0
-    assert memory("ref.offload=true").reference == 2 * NUM_7B  # Megatron keeps it
+    assert memory("ref.offload=true").reference == 0
     alone = plan_of("ref.offload=true", gpus=1).configured
     assert alone is not None and alone.memory[0].reference == 0
-    critic = plan_of("algorithm.objective=ppo", gpus=1).configured
-    assert critic is not None and critic.memory[0].critic == 18 * NUM_7B
+
+
+def test_memory_of_a_critic_by_hand() -> None:
+    table, value_head = 152064 * 3584, 3584 + 1
+    one = plan_of("algorithm.objective=ppo", gpus=1).configured
+    assert one is not None  # its model also has the output weight, which is not trained
+    alone = 2 * NUM_7B + 16 * (NUM_7B - table) + 16 * value_head
+    assert one.memory[0].critic == alone
+    two = plan_of("algorithm.objective=ppo", gpus=2).configured
+    assert two is not None  # two data-parallel ranks share the moments, and of weights the masters
+    trunk = NUM_7B - table
+    assert two.memory[0].critic == (2 + 4) * trunk + 12 * trunk / 2 + (8 + 8 / 2) * value_head
+    staged = plan_of(
+        "algorithm.objective=ppo", "parallel.pipeline_model_parallel_size=2", gpus=2
+    ).configured
+    policy = plan_of(
+        "algorithm.objective=grpo", "parallel.pipeline_model_parallel_size=2", gpus=2
+    ).configured
+    assert staged is not None and policy is not None
+    assert sum(memory.critic for memory in staged.memory) == 18 * trunk + 16 * value_head
+    for with_critic, without in zip(staged.memory, policy.memory, strict=True):
+        # Critic and policy train in turn, and the policy's head needs more.
+        assert with_critic.peak == without.peak + with_critic.critic
 
 
 def test_layer_activations_by_hand() -> None:
@@ -345,7 +366,6 @@ def test_layout_that_cannot_work_says_why(
     ("overrides", "gpus", "message"),
     [
         (["actor.strategy=torch"], 8, "trains on one GPU, not on 8"),
-        (["algorithm.objective=ppo"], 8, "needs a critic"),
         (["parallel.expert_model_parallel_size=2"], 8, "expert_model_parallel_size = 2"),
         (["parallel.tensor_model_parallel_size=4"], 6, "6 GPUs are no multiple"),
     ],

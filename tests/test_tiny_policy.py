@@ -146,6 +146,15 @@ def test_build_refuses_no_steps(tmp_path: Path) -> None:
         build_tiny_sums(tmp_path, num_steps=0)
 
 
+def test_padding_token_in_a_response_is_trained_like_any_other(folder: Path) -> None:
+    model = load_model(str(folder), torch.float32, torch.device("cpu"))
+    embedding, token = model.get_input_embeddings(), model.config.pad_token_id
+    assert isinstance(embedding, torch.nn.Embedding) and token is not None
+    embedding(torch.tensor([token, 3, token])).sum().backward()
+    assert embedding.weight.grad is not None
+    assert embedding.weight.grad[:, 0].tolist() == [{3: 1, token: 2}.get(i, 0) for i in range(16)]
+
+
 def test_log_probs_equal_those_of_each_response_alone(model: PreTrainedModel) -> None:
     prompt, responses = [1, 7, 11], [[8, 10, 9, EOS], [1, 0, 10, 7, EOS], [3], []]
     with torch.no_grad():

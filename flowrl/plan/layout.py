@@ -16,13 +16,21 @@ class PlannedLayout:
     virtual_pipeline: int = 1
     sequence_parallel: bool = False
     recompute: bool = False
+    expert: int = 1  # ranks of a stage that share the experts
 
     @property
     def num_gpus(self) -> int:
-        return self.tensor * self.pipeline * self.context * self.data
+        return self.stage_gpus * self.pipeline
+
+    @property
+    def stage_gpus(self) -> int:
+        """GPUs of one pipeline stage; experts are spread over all of them."""
+        return self.tensor * self.context * self.data
 
     def __str__(self) -> str:
         text = f"tp {self.tensor} pp {self.pipeline} cp {self.context} dp {self.data}"
+        if self.expert > 1:
+            text += f" ep {self.expert}"
         if self.virtual_pipeline > 1:
             text += f" vpp {self.virtual_pipeline}"
         return text + " sp" * self.sequence_parallel + " recompute" * self.recompute
@@ -39,4 +47,5 @@ def configured_layout(config: Config, num_gpus: int) -> PlannedLayout:
         virtual_pipeline=parallel.virtual_pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         recompute=config.model.enable_gradient_checkpointing,
+        expert=parallel.expert_model_parallel_size,
     )

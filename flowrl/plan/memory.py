@@ -12,7 +12,10 @@ from flowrl.plan.sizes import (
     ModelSizes,
     model_parameters,
     partition_parameters,
+    stage_expert_parameters,
+    stage_layers,
     stage_parameters,
+    trunk_parameters,
     vocab_rows,
 )
 from flowrl.settings import Config
@@ -54,14 +57,21 @@ def element_bytes(config: Config) -> int:
     return {"bfloat16": 2, "float32": 4}[config.model.dtype]
 
 
-def optimizer_bytes(config: Config, num_parameters: float, layout: PlannedLayout) -> float:
+def optimizer_bytes(
+    config: Config, num_parameters: float, layout: PlannedLayout, num_of_experts: float = 0
+) -> float:
     """AdamW's two float32 moments and, of bfloat16 weights, the float32 master.
 
     8 or 12 bytes a parameter; the distributed optimiser divides them by all ranks with the same
     shard, data- and context-parallel ones (ZeRO stage 1, arXiv 1910.02054, section 5.1).
+    `num_of_experts` of the parameters are experts', whose copies are on every expert-th rank of
+    the stage.
     """
     each = 8 if config.model.dtype == "float32" else 12
-    return each * num_parameters / _optimizer_ranks(config, layout)
+    total = (num_parameters - num_of_experts) / _optimizer_ranks(config, layout)
+    is_spread = config.parallel.use_distributed_optimizer
+    copies = layout.stage_gpus / layout.expert if is_spread else 1
+    return each * (total + num_of_experts / copies)
 
 
 def _optimizer_ranks(config: Config, layout: PlannedLayout) -> int:
@@ -73,8 +83,30 @@ def has_partition(config: Config) -> bool:
     return config.algorithm.objective == "flow_balance" and config.flow.log_z == "network"
 
 
+def own_master_bytes(config: Config, num_parameters: float, layout: PlannedLayout) -> float:
+    """Float32 parameters of Z or of the value head: weights, gradients and two moments."""
+    return 8 * num_parameters + 8 * num_parameters / _optimizer_ranks(config, layout)
+
+
+def critic_bytes(
+    config: Config, sizes: ModelSizes, layout: PlannedLayout, stage: int, is_megatron: bool
+) -> float:
+    """Weights, gradients and optimiser of PPO's critic; one process also has an output weight.
+
+    It trains before the policy with the same activations and a smaller head, so these add nothing
+    to the peak.
+    """
+    element, num = element_bytes(config), trunk_parameters(sizes, layout, stage)
+    num_weights = num if is_megatron else stage_parameters(sizes, layout, stage)
+    num_head = sizes.hidden_size + 1 if stage == layout.pipeline - 1 else 0
+    num_of_experts = stage_expert_parameters(sizes, layout, stage)
+    total = element * num_weights + 4 * num
+    total += optimizer_bytes(config, num, layout, num_of_experts)
+    return total + own_master_bytes(config, num_head, layout)
+
+
 def layer_activation_bytes(
-    sizes: ModelSizes, layout: PlannedLayout, num_tokens: int, element: int
+    sizes: ModelSizes, layout: PlannedLayout, num_tokens: int, element: int, layer: int = 0
 ) -> float:
     """What one layer saves for its backward, for a rank's tokens N, element size e and t ranks.
 
@@ -85,10 +117,14 @@ def layer_activation_bytes(
     log-sum-exp per head instead of scores. H: inputs of two norms and of the two projections behind
     them. Q, K: the projection's output, which the values keep alive, the rotated queries and keys,
     and the attention's output. F: both inputs of the gate and its output. Norm and gate are fused
-    kernels, as on a GPU; without, they would save intermediate results too.
+    kernels, as on a GPU; without, they would save intermediate results too. With k experts a token,
+    F is k times their width, and k H more are the copies of the input that they receive; that they
+    are chosen equally often is assumed.
     """
     keys = max(sizes.key_width, layout.tensor * sizes.head_dim)  # at least a group on each rank
-    shards = 3 * (sizes.query_width + keys + sizes.intermediate_size)
+    shards = 3 * (sizes.query_width + keys + sizes.mlp_width(layer))
+    if layer in sizes.expert_layers:
+        shards += sizes.num_experts_per_tok * sizes.hidden_size
     stream = 4 * sizes.hidden_size / (layout.tensor if layout.sequence_parallel else 1)
     log_sums = 4 * sizes.num_attention_heads / layout.tensor
     return num_tokens * (element * (stream + shards / layout.tensor) + log_sums)
@@ -123,13 +159,14 @@ def activation_bytes(
     """
     stream_ranks = layout.tensor if layout.sequence_parallel else 1
     stream = num_tokens * element * sizes.hidden_size
-    layers = sizes.num_hidden_layers // (layout.pipeline * layout.virtual_pipeline)
-    whole = layer_activation_bytes(sizes, layout, num_tokens, element)
-    kept = stream / stream_ranks if layout.recompute else whole
-    total = chunks_in_flight(layout, stage, num_micro_batches) * layers * kept
+    layers = stage_layers(sizes, layout, stage)
+    whole = [layer_activation_bytes(sizes, layout, num_tokens, element, x) for x in layers]
+    kept = len(layers) * stream / stream_ranks if layout.recompute else sum(whole)
+    total = chunks_in_flight(layout, stage, num_micro_batches) * kept / layout.virtual_pipeline
     if layout.recompute:
-        total += whole
-    total += num_tokens * element * 3 * sizes.intermediate_size / layout.tensor + 2 * stream
+        total += max(whole)
+    width = max(sizes.mlp_width(x) for x in layers)
+    total += num_tokens * element * 3 * width / layout.tensor + 2 * stream
     if stage == layout.pipeline - 1:
         total += 2 * stream / stream_ranks  # the final norm's input and output
     return total
@@ -183,8 +220,6 @@ def stage_memory(
     num_z = 0
     if is_last and has_partition(config):
         num_z = partition_parameters(sizes.hidden_size, config.flow.z_num_layers)
-    z_moments = 8 * num_z / _optimizer_ranks(config, layout)
-    is_offloaded = config.ref.offload and not is_megatron
     has_critic = config.algorithm.objective == "ppo"
     # Under sequence and tensor parallelism every rank has all rows, of its part of the vocabulary.
     head = head_bytes(sizes, layout, num_tokens, element) if is_last else 0
@@ -196,10 +231,12 @@ def stage_memory(
     return Memory(
         weights=element * num,
         main_grads=4 * num,
-        optimizer=optimizer_bytes(config, num, layout),
-        partition=8 * num_z + z_moments,
-        reference=0 if is_offloaded else element * num,
-        critic=(element + 4) * num + optimizer_bytes(config, num, layout) if has_critic else 0,
+        optimizer=optimizer_bytes(
+            config, num, layout, stage_expert_parameters(sizes, layout, stage)
+        ),
+        partition=own_master_bytes(config, num_z, layout),
+        reference=0 if config.ref.offload else element * num,
+        critic=critic_bytes(config, sizes, layout, stage, is_megatron) if has_critic else 0,
         engine_weights=element * model_parameters(sizes) if has_own_engine and is_megatron else 0,
         activations=activation_bytes(sizes, layout, stage, num_tokens, num_micro_batches, element),
         head=head,

@@ -17,7 +17,7 @@ from flowrl.plan.memory import (
     logits_bytes,
 )
 from flowrl.plan.search import Candidate, too_large
-from flowrl.plan.sizes import model_parameters
+from flowrl.plan.sizes import active_parameters, model_parameters
 from flowrl.plan.step_time import ENGINE_MEMORY_SHARE, PassTime, assumptions
 
 NUM_LAYOUTS = 8  # that are shown
@@ -71,10 +71,12 @@ def _gib(num_bytes: float) -> str:
 def _title(plan: Plan) -> Text:
     setting = plan.setting
     trainer = "Megatron" if setting.is_megatron else "one process"
+    size = f"{model_parameters(setting.sizes) / 1e9:.2f} billion parameters"
+    if setting.sizes.expert_layers:
+        size += f" ({active_parameters(setting.sizes) / 1e9:.2f} billion active)"
     return Text(
-        f"{setting.config.model.path}: {model_parameters(setting.sizes) / 1e9:.2f} billion "
-        f"parameters, {setting.config.model.dtype}; {trainer} trains on {setting.num_gpus} x "
-        f"{setting.workload.gpu.name}: {plan.layout}"
+        f"{setting.config.model.path}: {size}, {setting.config.model.dtype}; {trainer} trains on "
+        f"{setting.num_gpus} x {setting.workload.gpu.name}: {plan.layout}"
     )
 
 
@@ -219,5 +221,7 @@ def _recommendation(plan: Plan) -> Text:
         "parallel.sequence_parallel": str(layout.sequence_parallel).lower(),
         "model.enable_gradient_checkpointing": str(layout.recompute).lower(),
     }
+    if layout.expert > 1:
+        settings["parallel.expert_model_parallel_size"] = layout.expert
     text = "Recommended: " + " ".join(f"{key}={value}" for key, value in settings.items())
     return Text(text, style="green")

@@ -1,5 +1,6 @@
 """Which layouts work, which fit, and which is the fastest by the estimates."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -38,6 +39,9 @@ def layout_problem(
             "parallel.sequence_parallel = true shards over tensor-parallel ranks, but there is "
             "one: raise parallel.tensor_model_parallel_size, or set it to false"
         )
+    problem = _expert_problem(sizes, layout)
+    if problem is not None:
+        return problem
     divisions = (
         ("num_attention_heads", sizes.num_attention_heads, tensor, "tensor"),
         ("intermediate_size", sizes.intermediate_size, tensor, "tensor"),
@@ -61,6 +65,26 @@ def layout_problem(
         return (
             f"vocab_size = {sizes.vocab_size} leaves the last of tensor = {tensor} ranks without "
             "a row: choose a smaller tensor"
+        )
+    return None
+
+
+def _expert_problem(sizes: ModelSizes, layout: PlannedLayout) -> str | None:
+    """Why the experts, or the lack of them, do not go with a layout."""
+    key = f"parallel.expert_model_parallel_size = {layout.expert}"
+    if not sizes.expert_layers:
+        return None if layout.expert == 1 else f"{key}, but the model has no experts: set it to 1"
+    if sizes.num_experts % layout.expert:
+        return f"num_experts = {sizes.num_experts} does not divide over {key}: choose a divisor"
+    if layout.stage_gpus % layout.expert:
+        return (
+            f"{key} does not divide the {layout.stage_gpus} GPUs of a pipeline stage: choose a "
+            "divisor of tensor * context * data"
+        )
+    if layout.tensor > 1 and not layout.sequence_parallel:
+        return (
+            f"parallel.tensor_model_parallel_size = {layout.tensor} would send every token to its "
+            "experts once per rank: set parallel.sequence_parallel = true"
         )
     return None
 
@@ -115,20 +139,7 @@ def evaluate(setting: Setting, layout: PlannedLayout) -> Candidate:
 def problem_of(setting: Setting, layout: PlannedLayout) -> str | None:
     """Why a layout cannot run here, or None."""
     config, num_gpus = setting.config, setting.num_gpus
-    if setting.is_megatron:
-        if config.algorithm.objective == "ppo":
-            return (
-                "algorithm.objective = ppo needs a critic, which one process has and Megatron has "
-                f"not, but {num_gpus} GPUs are to train: use one and actor.strategy=torch, or "
-                "another objective"
-            )
-        if config.parallel.expert_model_parallel_size > 1:
-            return (
-                "parallel.expert_model_parallel_size = "
-                f"{config.parallel.expert_model_parallel_size}, but the model has no experts: "
-                "set it to 1"
-            )
-    elif num_gpus > 1:
+    if num_gpus > 1 and not setting.is_megatron:
         return (
             f"actor.strategy = torch trains on one GPU, not on {num_gpus}: use "
             "actor.strategy=megatron, or leave the other GPUs to --rollout-gpus"
@@ -147,6 +158,12 @@ def _powers_of_two(limit: int) -> Iterator[int]:
     while value <= limit:
         yield value
         value *= 2
+
+
+def _expert_sizes(sizes: ModelSizes, layout: PlannedLayout) -> list[int]:
+    """Powers of two that divide the experts and the GPUs of a stage; 1 without experts."""
+    common = math.gcd(sizes.num_experts, layout.stage_gpus) if sizes.expert_layers else 1
+    return [size for size in _powers_of_two(common) if common % size == 0]
 
 
 def search(setting: Setting) -> tuple[list[Candidate], dict[str, list[PlannedLayout]]]:
@@ -171,10 +188,11 @@ def search(setting: Setting) -> tuple[list[Candidate], dict[str, list[PlannedLay
                 if problem is not None:
                     reasons.setdefault(problem, []).append(layout)
                     continue
-                candidate = evaluate(setting, layout)
-                if not candidate.fits:
-                    candidate = evaluate(setting, replace(layout, recompute=True))
-                candidates.append(candidate)
+                for expert in _expert_sizes(setting.sizes, layout):
+                    candidate = evaluate(setting, replace(layout, expert=expert))
+                    if not candidate.fits:
+                        candidate = evaluate(setting, replace(candidate.layout, recompute=True))
+                    candidates.append(candidate)
     # Of equally fast ones, the one with less memory.
     candidates.sort(key=lambda c: (not c.fits, c.time.trainer_s if c.fits else 0.0, c.peak))
     return candidates, reasons
@@ -194,7 +212,8 @@ def too_large(setting: Setting, candidate: Candidate) -> str:
     if worst.engine_weights > 0:
         remedies.append("leave GPUs to generation (--rollout-gpus)")
     if worst.resident > usable / 2:
-        remedies.append("use more GPUs, or a larger tensor or pipeline size")
+        axes = "tensor, pipeline or expert" if setting.sizes.expert_layers else "tensor or pipeline"
+        remedies.append(f"use more GPUs, or a larger {axes} size")
     return (
         f"{candidate.layout} needs {worst.peak / GIB:.1f} GiB of {usable / GIB:.1f} GiB: "
         + ", or ".join(remedies)

@@ -7,12 +7,12 @@ from typing import Any
 
 from flowrl.plan.layout import PlannedLayout
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A dense decoder with gated MLP, as its Hugging Face config.json describes it."""
+    """A decoder with gated MLPs or experts, as its Hugging Face config.json describes it."""
 
     model_type: str
     vocab_size: int
@@ -23,6 +23,10 @@ class ModelSizes:
     num_key_value_heads: int
     head_dim: int
     is_tied: bool  # one matrix is embedding and output weight
+    num_experts: int = 0  # of a layer that has some
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    expert_layers: tuple[int, ...] = ()  # layers with experts in the MLP's place
 
     @property
     def query_width(self) -> int:
@@ -32,6 +36,17 @@ class ModelSizes:
     def key_width(self) -> int:
         """Width of the keys, and of the values."""
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one expert."""
+        return 3 * self.hidden_size * self.moe_intermediate_size
+
+    def mlp_width(self, layer: int) -> int:
+        """Intermediate width that a token passes in the MLP or the experts of a layer."""
+        if layer in self.expert_layers:
+            return self.num_experts_per_tok * self.moe_intermediate_size
+        return self.intermediate_size
 
 
 KNOWN_MODELS = {
@@ -44,6 +59,9 @@ KNOWN_MODELS = {
     "qwen2.5-32b": ModelSizes("qwen2", 152064, 5120, 27648, 64, 40, 8, 128, False),
     "deepseek-r1-distill-qwen-7b": ModelSizes("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False),
     "llama-3-8b": ModelSizes("llama", 128256, 4096, 14336, 32, 32, 8, 128, False),
+    "qwen3-30b-a3b": ModelSizes(
+        "qwen3_moe", 151936, 2048, 6144, 48, 32, 4, 128, False, 128, 8, 768, tuple(range(48))
+    ),
     "tiny-sums": ModelSizes("llama", 16, 96, 216, 2, 4, 4, 32, True),
 }
 
@@ -52,7 +70,7 @@ def read_sizes(path: str) -> ModelSizes:
     """The sizes of `model.path`: a folder with a config.json, that file, or a known name.
 
     Known names may have an owner in front and `-instruct` behind. Nothing is downloaded. Raises
-    ValueError for an unknown name, an unreadable file and a model that is no dense Llama or Qwen.
+    ValueError for an unknown name, an unreadable file and another model than Llama and Qwen.
     """
     file = Path(path)
     if file.is_dir():
@@ -96,7 +114,24 @@ def _read_config(file: Path) -> ModelSizes:
         num_key_value_heads=_positive(file, values, "num_key_value_heads", heads),
         head_dim=_positive(file, values, "head_dim", hidden_size // heads),
         is_tied=bool(values.get("tie_word_embeddings", False)),
+        **(_read_experts(file, values) if values["model_type"] == "qwen3_moe" else {}),
     )
+
+
+def _read_experts(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a mixture of experts, whose number has two names."""
+    name = "num_local_experts" if "num_local_experts" in values else "num_experts"
+    step = _positive(file, values, "decoder_sparse_step", 1)
+    num_layers = _positive(file, values, "num_hidden_layers", None)
+    dense = values.get("mlp_only_layers") or []
+    return {
+        "num_experts": _positive(file, values, name, None),
+        "num_experts_per_tok": _positive(file, values, "num_experts_per_tok", None),
+        "moe_intermediate_size": _positive(file, values, "moe_intermediate_size", None),
+        "expert_layers": tuple(
+            layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense
+        ),
+    }
 
 
 def _positive(file: Path, values: dict[str, Any], name: str, default: int | None) -> int:
@@ -107,13 +142,34 @@ def _positive(file: Path, values: dict[str, Any], name: str, default: int | None
     return value
 
 
-def layer_parameters(sizes: ModelSizes, tensor: int = 1) -> int:
-    """Parameters of one layer on one of `tensor` ranks; the norms are on all of them."""
+def layer_parameters(sizes: ModelSizes, layout: PlannedLayout, layer: int) -> int:
+    """Parameters of one layer on one rank; norms and router are on all of them."""
     hidden, query, key = sizes.hidden_size, sizes.query_width, sizes.key_width
-    matrices = hidden * (2 * query + 2 * key + 3 * sizes.intermediate_size)
-    bias = query + 2 * key if sizes.model_type == "qwen2" else 0
-    norms = 2 * hidden + (2 * sizes.head_dim if sizes.model_type == "qwen3" else 0)
-    return (matrices + bias) // tensor + norms
+    matrices = hidden * (2 * query + 2 * key)
+    whole = 2 * hidden
+    if layer in sizes.expert_layers:
+        whole += hidden * sizes.num_experts
+    else:
+        matrices += 3 * hidden * sizes.intermediate_size
+    if sizes.model_type in ("qwen3", "qwen3_moe"):
+        whole += 2 * sizes.head_dim
+    if sizes.model_type == "qwen2":
+        matrices += query + 2 * key  # biases
+    return matrices // layout.tensor + whole + layer_expert_parameters(sizes, layout, layer)
+
+
+def layer_expert_parameters(sizes: ModelSizes, layout: PlannedLayout, layer: int) -> int:
+    """Those of them that belong to the experts of the rank."""
+    if layer not in sizes.expert_layers:
+        return 0
+    return sizes.num_experts // layout.expert * sizes.expert_parameters
+
+
+def stage_layers(sizes: ModelSizes, layout: PlannedLayout, stage: int) -> list[int]:
+    """The layers of a pipeline stage, all its chunks."""
+    size = sizes.num_hidden_layers // (layout.pipeline * layout.virtual_pipeline)
+    starts = range(stage * size, sizes.num_hidden_layers, layout.pipeline * size)
+    return [layer for start in starts for layer in range(start, start + size)]
 
 
 def vocab_rows(sizes: ModelSizes, tensor: int) -> int:
@@ -121,27 +177,43 @@ def vocab_rows(sizes: ModelSizes, tensor: int) -> int:
     return -(-sizes.vocab_size // tensor)
 
 
+def trunk_parameters(sizes: ModelSizes, layout: PlannedLayout, stage: int) -> int:
+    """Parameters that one rank of a pipeline stage holds, without the output weight."""
+    layers = stage_layers(sizes, layout, stage)
+    num = sum(layer_parameters(sizes, layout, layer) for layer in layers)
+    if stage == 0:
+        num += vocab_rows(sizes, layout.tensor) * sizes.hidden_size
+    if stage == layout.pipeline - 1:
+        num += sizes.hidden_size  # the final norm
+    return num
+
+
 def stage_parameters(sizes: ModelSizes, layout: PlannedLayout, stage: int) -> int:
     """Parameters that one rank of a pipeline stage holds, padding of the vocabulary included.
 
     With several stages a tied output weight is a copy of the embedding, on the last stage.
     """
-    is_last = stage == layout.pipeline - 1
-    table = vocab_rows(sizes, layout.tensor) * sizes.hidden_size
-    layers = sizes.num_hidden_layers // layout.pipeline
-    num = layers * layer_parameters(sizes, layout.tensor)
-    if stage == 0:
-        num += table
-    if is_last:
-        num += sizes.hidden_size  # the final norm
-        if not sizes.is_tied or layout.pipeline > 1:
-            num += table
+    num = trunk_parameters(sizes, layout, stage)
+    if stage == layout.pipeline - 1 and (not sizes.is_tied or layout.pipeline > 1):
+        num += vocab_rows(sizes, layout.tensor) * sizes.hidden_size
     return num
+
+
+def stage_expert_parameters(sizes: ModelSizes, layout: PlannedLayout, stage: int) -> int:
+    """Those of them that belong to experts."""
+    layers = stage_layers(sizes, layout, stage)
+    return sum(layer_expert_parameters(sizes, layout, layer) for layer in layers)
 
 
 def model_parameters(sizes: ModelSizes) -> int:
     """Parameters of the whole model."""
     return stage_parameters(sizes, PlannedLayout(), 0)
+
+
+def active_parameters(sizes: ModelSizes) -> int:
+    """Parameters that one token uses: all but the experts that its router does not choose."""
+    num_unused = sizes.num_experts - sizes.num_experts_per_tok
+    return model_parameters(sizes) - len(sizes.expert_layers) * num_unused * sizes.expert_parameters
 
 
 def partition_parameters(hidden_size: int, num_layers: int) -> int:

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from flowrl.plan.hardware import Gpu
 from flowrl.plan.layout import PlannedLayout
 from flowrl.plan.memory import USABLE_SHARE, element_bytes, kv_bytes_per_token
-from flowrl.plan.sizes import ModelSizes, model_parameters, stage_parameters
+from flowrl.plan.sizes import (
+    ModelSizes,
+    active_parameters,
+    model_parameters,
+    stage_expert_parameters,
+    stage_parameters,
+)
 from flowrl.settings import Config
 
 BANDWIDTH_SHARE = 0.7  # of the peak, for memory, links and network
@@ -69,13 +75,16 @@ class Generation:
 
 
 def layer_flops(sizes: ModelSizes, num_tokens: float, mean_length: float) -> tuple[float, float]:
-    """Forward FLOPs of one layer: matrices, and causal attention (half of the scores).
+    """Forward FLOPs of a mean layer: matrices, and causal attention (half of the scores).
 
     2 H (2 Q + 2 K + 3 F) and 2 Q L per token of a sequence of length L; arXiv 2205.05198, appendix
-    A, with grouped keys and a gated MLP, and half the scores.
+    A, with grouped keys and a gated MLP, and half the scores. F is the width that a token passes;
+    the router, a hundredth of the experts that it chooses, is left out.
     """
     hidden, queries, keys = sizes.hidden_size, sizes.query_width, sizes.key_width
-    matrices = 2 * hidden * (2 * queries + 2 * keys + 3 * sizes.intermediate_size)
+    layers = range(sizes.num_hidden_layers)
+    width = sum(sizes.mlp_width(layer) for layer in layers) / len(layers)
+    matrices = 2 * hidden * (2 * queries + 2 * keys + 3 * width)
     return num_tokens * matrices, num_tokens * 2 * queries * mean_length
 
 
@@ -145,25 +154,32 @@ def _layer_exchange_s(
 ) -> float:
     """Tensor parallelism sums N H twice per pass of a layer, a ring moves each sum's bytes
     2 (t - 1) / t times; context parallelism gathers the others' keys and values, and on the way
-    back also scatters their gradients."""
+    back also scatters their gradients. Expert parallelism sends each of a rank's tokens to its k
+    experts and brings k results back."""
     tensor, context, element = layout.tensor, layout.context, element_bytes(config)
     num_passes = (2 + layout.recompute) if is_update else 1
     sums = 2 * num_passes * num_tokens * sizes.hidden_size * element
     seconds = sums * 2 * (tensor - 1) / tensor / _bandwidth(workload, tensor)
     keys = 2 * sizes.key_width / tensor * num_tokens * element
     num_moves = num_passes + is_update
-    return seconds + num_moves * (context - 1) * keys / _bandwidth(workload, tensor * context)
+    seconds += num_moves * (context - 1) * keys / _bandwidth(workload, tensor * context)
+    copies = sizes.num_experts_per_tok * num_tokens / tensor * sizes.hidden_size * element
+    sent = 2 * num_passes * copies * (layout.expert - 1) / layout.expert
+    share = len(sizes.expert_layers) / sizes.num_hidden_layers
+    return seconds + share * sent / _bandwidth(workload, layout.expert)
 
 
 def _reduce_s(
     config: Config, sizes: ModelSizes, layout: PlannedLayout, workload: Workload
 ) -> float:
     """Float32 gradients are reduce-scattered and weights gathered, or gradients all-reduced."""
-    ranks = layout.data * layout.context
-    num = stage_parameters(sizes, layout, 0)
+    ranks, expert_ranks = layout.data * layout.context, layout.stage_gpus // layout.expert
+    num_of_experts = stage_expert_parameters(sizes, layout, 0)
+    num = stage_parameters(sizes, layout, 0) - num_of_experts
     is_spread = config.parallel.use_distributed_optimizer
     each = 4 + element_bytes(config) if is_spread else 8
-    return num * each * (ranks - 1) / ranks / _bandwidth(workload, layout.tensor * ranks)
+    moved = num * (ranks - 1) / ranks + num_of_experts * (expert_ranks - 1) / expert_ranks
+    return each * moved / _bandwidth(workload, layout.tensor * ranks)
 
 
 def step_time(
@@ -205,18 +221,25 @@ def takes_old_logprobs(config: Config) -> bool:
 def _decode_s(
     sizes: ModelSizes, workload: Workload, element: int, concurrency: float, num_gpus: int
 ) -> float:
-    """One decoding step of an engine: weights and live keys are read once, or FLOPs bind."""
+    """One decoding step of an engine: weights and live keys are read once, or FLOPs bind.
+
+    Of E experts, of which every token chooses k evenly, c tokens need E (1 - (1 - k / E)^c).
+    """
     parameters = model_parameters(sizes)
+    if sizes.expert_layers:
+        unread = (1 - sizes.num_experts_per_tok / sizes.num_experts) ** concurrency
+        experts = len(sizes.expert_layers) * sizes.num_experts * sizes.expert_parameters
+        parameters -= unread * experts
     length = workload.prompt_tokens + workload.response_tokens / 2  # halfway through
     num_bytes = element * parameters + concurrency * length * kv_bytes_per_token(sizes, element)
     read_s = num_bytes / (BANDWIDTH_SHARE * workload.gpu.memory_bandwidth * num_gpus)
-    flops_s = 2 * parameters * concurrency / (workload.gpu.bf16_flops * workload.mfu * num_gpus)
-    return max(read_s, flops_s)
+    flops = 2 * active_parameters(sizes) * concurrency
+    return max(read_s, flops / (workload.gpu.bf16_flops * workload.mfu * num_gpus))
 
 
 def _prefill_s(sizes: ModelSizes, workload: Workload, num_prompts: float, num_gpus: int) -> float:
     num_tokens = num_prompts * workload.prompt_tokens
-    flops = 2 * model_parameters(sizes) * num_tokens
+    flops = 2 * active_parameters(sizes) * num_tokens
     return flops / (workload.gpu.bf16_flops * workload.mfu * num_gpus)
 
 

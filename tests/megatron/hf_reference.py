@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 from transformers import (
@@ -12,11 +13,25 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from flowrl.megatron.layout import Layout
 
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+    "qwen3_moe_late": Qwen3MoeConfig,  # no experts in the first half
+    "qwen3_moe_raw": Qwen3MoeConfig,  # the weights of the chosen experts do not sum to 1
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+}
+DENSE_LAYERS = {"qwen3_moe": [1], "qwen3_moe_late": [0, 1], "qwen3_moe_raw": []}
 
 
 def hf_config(kind: str, *, tied: bool = False, **settings: object) -> PretrainedConfig:
@@ -33,22 +48,45 @@ def hf_config(kind: str, *, tied: bool = False, **settings: object) -> Pretraine
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    return CONFIGS[kind](**{**sizes, **settings}, tie_word_embeddings=tied)
+    experts = {}
+    if kind in DENSE_LAYERS:
+        experts = EXPERTS | {"mlp_only_layers": DENSE_LAYERS[kind]}
+        experts["norm_topk_prob"] = kind != "qwen3_moe_raw"
+    return CONFIGS[kind](**{**sizes, **experts, **settings}, tie_word_embeddings=tied)
+
+
+class ExactRouter(nn.Module):
+    """The router of transformers in the dtype of its input; theirs has a float32 softmax."""
+
+    def __init__(self, weight: nn.Parameter, config: PretrainedConfig):
+        super().__init__()
+        self.weight, self.config = weight, config
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = F.linear(hidden.flatten(0, -2), self.weight)
+        values, indices = logits.softmax(-1).topk(self.config.num_experts_per_tok)
+        if self.config.norm_topk_prob:
+            values = values / values.sum(-1, keepdim=True)
+        return logits, values, indices
 
 
 def hf_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of random weights, norms and biases too; in any dtype those of bfloat16 precision.
 
-    So models of several dtypes hold equal weights. In float64 the norms are torch's, because those
-    of transformers compute in float32 whatever they are given.
+    So models of several dtypes hold equal weights. In float64 the norms are torch's and the routers
+    are ours, because those of transformers compute in float32 whatever they are given.
     """
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     if dtype == torch.float64:
+        if config.model_type == "qwen3_moe":
+            model.set_experts_implementation("eager")  # the others have no float64
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if type(child).__name__.endswith("RMSNorm"):
                     eps = config.rms_norm_eps
                     setattr(parent, name, nn.RMSNorm(child.weight.shape, eps, dtype=dtype))
+                elif type(child).__name__ == "Qwen3MoeTopKRouter":
+                    setattr(parent, name, ExactRouter(child.weight, config))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -156,7 +156,7 @@ def make_partition(case: Case) -> PartitionNetwork | None:
     return build_partition(HIDDEN, 3, case.z_dropout, seed=5).to(dtype)
 
 
-def _model(case: Case) -> Any:
+def make_model(case: Case) -> Any:
     """Half the usual spread of the matrices, so that float32 loses little on the way down."""
     model = hf_model(hf_config(case.kind, tied=case.tied, vocab_size=VOCABULARY), case.dtype)
     with torch.no_grad():
@@ -185,7 +185,7 @@ def _train(
 
 def build_torch_policy(case: Case) -> TorchPolicy:
     """The policy of one process."""
-    model, partition = _model(case), make_partition(case)
+    model, partition = make_model(case), make_partition(case)
     model.set_attn_implementation("flowrl_packed")
     groups = [ParamGroup(list(model.named_parameters()), LR)]
     if partition is not None:
@@ -228,7 +228,7 @@ def one_process(case: Case) -> Outcome:
 def build_policy(case: Case, spread: Spread) -> MegatronPolicy:
     """The same weights on this rank's part of a layout."""
     initialize(spread.layout, timeout_s=60)
-    model = _model(case)
+    model = make_model(case)
     chunks = build_chunks(
         model.config,
         spread.layout,
@@ -284,21 +284,21 @@ def on_ranks(rank: int, case: Case, spread: Spread, sabotage: Callable[[], None]
     return _train(policy, case, read)
 
 
-def _norm(values: Iterable[Tensor]) -> float:
+def norm(values: Iterable[Tensor]) -> float:
     return float(torch.cat([v.detach().double().flatten() for v in values]).norm())
 
 
 def relative(actual: Tensor, truth: Tensor) -> float:
     """Error in the Euclidean norm."""
-    return _norm([actual.double() - truth.double()]) / _norm([truth])
+    return norm([actual.double() - truth.double()]) / norm([truth])
 
 
-def _worst(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+def worst(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     """Largest error of a tensor; one of nearly nothing is measured by all of them together."""
     assert actual.keys() == truth.keys(), actual.keys() ^ truth.keys()
-    floor = 1e-3 * _norm(truth.values())
+    floor = 1e-3 * norm(truth.values())
     return max(
-        _norm([actual[name].double() - value.double()]) / max(_norm([value]), floor)
+        norm([actual[name].double() - value.double()]) / max(norm([value]), floor)
         for name, value in truth.items()
     )
 
@@ -332,17 +332,15 @@ def errors(outcomes: Sequence[Outcome], truth: Outcome) -> dict[str, float]:
     frozen = torch.cat(first.frozen_logprobs), torch.cat(truth.frozen_logprobs)
     table = {
         "loss": relative(actual.output.loss_sum, expected.output.loss_sum),
-        "sequences": _worst(actual.output.diagnostics, expected.output.diagnostics),
+        "sequences": worst(actual.output.diagnostics, expected.output.diagnostics),
         "log-probs": max(
             relative(actual.logprobs[mask], expected.logprobs[mask]), relative(*frozen)
         ),
         "entropy": relative(actual.entropy[mask], expected.entropy[mask]),
         "gradients": max(
-            _worst(_model_part(o.gradients), _model_part(truth.gradients)) for o in outcomes
+            worst(_model_part(o.gradients), _model_part(truth.gradients)) for o in outcomes
         ),
-        "weights": max(
-            _worst(_model_part(o.weights), _model_part(truth.weights)) for o in outcomes
-        ),
+        "weights": max(worst(_model_part(o.weights), _model_part(truth.weights)) for o in outcomes),
     }
     if truth.grad_norms:
         pairs = zip(first.grad_norms, truth.grad_norms, strict=True)
@@ -353,11 +351,9 @@ def errors(outcomes: Sequence[Outcome], truth: Outcome) -> dict[str, float]:
         assert holders
         table["Z"] = relative(actual.log_z, expected.log_z)
         table["Z gradients"] = max(
-            _worst(_z_part(o.gradients), _z_part(truth.gradients)) for o in holders
+            worst(_z_part(o.gradients), _z_part(truth.gradients)) for o in holders
         )
-        table["Z weights"] = max(
-            _worst(_z_part(o.weights), _z_part(truth.weights)) for o in holders
-        )
+        table["Z weights"] = max(worst(_z_part(o.weights), _z_part(truth.weights)) for o in holders)
     return table
 
 

@@ -29,6 +29,19 @@ LAYOUTS = {
     "CP2 DP2": Spread(4, Layout(context=2)),
     "PP2 CP2": Spread(4, Layout(pipeline=2, context=2)),
 }
+# EP ranks are taken from those of TP, CP and DP.
+EXPERT_LAYOUTS = {
+    "one rank": Spread(1),
+    "DP2": Spread(2),
+    "DP2 EP2": Spread(2, Layout(expert=2)),
+    "TP2 SP": Spread(2, Layout(tensor=2, sequence_parallel=True)),
+    "TP2 SP EP2": Spread(2, Layout(tensor=2, expert=2, sequence_parallel=True)),
+    "CP2 EP2": Spread(2, Layout(context=2, expert=2)),
+    "DP4 EP2": Spread(4, Layout(expert=2)),
+    "TP2 SP DP2 EP4": Spread(4, Layout(tensor=2, expert=4, sequence_parallel=True)),
+    "PP2 DP2 EP2": Spread(4, Layout(pipeline=2, expert=2)),
+    "PP2 VPP2 DP2 EP2": Spread(4, Layout(pipeline=2, virtual_pipeline=2, expert=2)),
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,8 @@ def _rows() -> list[Row]:
 
     def add(model: str, training: str, case: Case, *layouts: str, suffix: str = "", **spread):
         for layout in layouts:
-            place = Spread(**{**vars(LAYOUTS[layout]), **spread})
+            known = EXPERT_LAYOUTS if case.kind.startswith("qwen3_moe") else LAYOUTS
+            place = Spread(**{**vars(known[layout]), **spread})
             rows.append(Row(model, training, layout + suffix, case, place))
 
     add("Llama tied", "FlowRL", Case(tied=True), "TP2 SP", "PP2", "TP2 SP PP2", "CP2 DP2")
@@ -76,6 +90,13 @@ def _rows() -> list[Row]:
     gather = {"overlap_grad_reduce": True, "overlap_param_gather": True, **spread_state}
     gather["suffix"] = ", distributed optimiser, all overlapped"
     add("Llama tied", "FlowRL", Case(tied=True), "DP2", **gather)
+    experts = Case("qwen3_moe")
+    add("Qwen3-MoE", "FlowRL", experts, *EXPERT_LAYOUTS)
+    add("Qwen3-MoE", "FlowRL, one sample", Case("qwen3_moe", num_samples=1), "DP2 EP2")
+    late = Case("qwen3_moe_late", objective="grpo", has_partition=False)
+    add("Qwen3-MoE, first half dense", "GRPO, token mean", late, "PP2 DP2 EP2", **spread_state)
+    add("Qwen3-MoE", "FlowRL", experts, "DP4 EP2", **gather)
+    add("Qwen3-MoE", "FlowRL", experts, "TP2 SP EP2", suffix=", recompute", recompute="full")
     exact = Case(dtype=torch.float64, num_steps=0)
     add("Llama float64", "FlowRL", exact, "TP2 SP", "PP2 VPP2", "TP2 SP CP2", "CP2 DP2")
     return rows

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowrl.main_rank import MainRankEngine, MainRankRewards, is_main_rank
 from flowrl.megatron.watchdog import Watchdog
-from flowrl.megatron_parts import MegatronParts, shapes_of
+from flowrl.megatron_parts import MegatronParts, trained_shapes
 from flowrl.rollout.publication import expected_weights
 
 
@@ -43,6 +43,7 @@ def build_parts(case: Case, spread: Spread, timeout_s: float = 60.0) -> Megatron
     policy = build_policy(case, spread)
     chunk = policy.chunks[-1].module
     engine = MainRankEngine(KeepingEngine() if is_main_rank() else None)
+    shapes = expected_weights(chunk.hf_config)
     watchdog = Watchdog(timeout_s)
     watchdog.num_steps = lambda: engine.weight_version
     return MegatronParts(
@@ -54,8 +55,8 @@ def build_parts(case: Case, spread: Spread, timeout_s: float = 60.0) -> Megatron
         model_path="tiny",
         tokenizer=tiny_tokenizer(),
         hf_config=chunk.hf_config,
-        shapes=expected_weights(chunk.hf_config),
-        partition_shapes=shapes_of(make_partition(case)),
+        shapes=shapes,
+        trained_shapes=trained_shapes(shapes, make_partition(case), None),
         offload_reference=False,
         watchdog=watchdog,
     )

@@ -21,6 +21,7 @@ from flowrl.checkpoint import (
     save_checkpoint,
 )
 from flowrl.main_rank import is_main_rank
+from flowrl.megatron.experts import file_tensors
 from flowrl.megatron.layout import Layout
 from flowrl.megatron.optimizer_state import training_tensors
 
@@ -103,7 +104,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Check
     return save
 
 
-UNTIED, TIED = Case(), Case(tied=True)
+EP2 = Spread(2, Layout(expert=2), distributed_optimizer=True)
+
+UNTIED, TIED, EXPERTS = Case(), Case(tied=True), Case("qwen3_moe")
 ROUTES = {
     "TP2 PP2 to one rank": (UNTIED, TP2_PP2, ONE_RANK),
     "TP2 PP2 to DP2, distributed optimiser": (UNTIED, TP2_PP2, DP2),
@@ -112,6 +115,8 @@ ROUTES = {
     "tied: PP2 DP2, distributed optimiser, to PP2 VPP2": (TIED, PP2_DP2, PP2_VPP2),
     "tied: PP2 DP2, distributed optimiser, to one process": (TIED, PP2_DP2, None),
     "tied: one process to TP2 PP2": (TIED, None, TP2_PP2),
+    "experts: DP2 EP2, distributed optimiser, to one process": (EXPERTS, EP2, None),
+    "experts: one process to DP2": (EXPERTS, None, replace(DP2, distributed_optimizer=False)),
     "bfloat16: DP2, distributed optimiser, to TP2 SP": (
         Case(dtype=torch.bfloat16),
         DP2,
@@ -150,7 +155,11 @@ def test_continues_equally(
         for figures, expected in zip(outcome.figures, straight, strict=True):
             assert figures == pytest.approx(expected, rel=bound)
     weights = load_file(checkpoint.hf / "model.safetensors")
-    published = outcomes[0].published
+    published = dict(
+        part
+        for name, weight in outcomes[0].published.items()
+        for part in file_tensors(name, weight)
+    )
     for name, weight in weights.items():
         assert torch.equal(published[name], weight), name
 

@@ -11,6 +11,7 @@ from flowrl.megatron.layout import (
     context_group,
     data_rank,
     data_size,
+    expert_group,
     initialize,
     is_last_stage,
     tensor_group,
@@ -20,6 +21,11 @@ from flowrl.megatron.layout import (
 def place(rank: int, layout: Layout) -> tuple[int, int, int, int, bool]:
     initialize(layout)
     return tensor_group().rank(), context_group().rank(), data_rank(), data_size(), is_last_stage()
+
+
+def expert_place(rank: int, layout: Layout) -> tuple[int, int]:
+    initialize(layout)
+    return expert_group().rank(), expert_group().size()
 
 
 def test_ranks_are_dealt_tensor_first() -> None:
@@ -32,6 +38,13 @@ def test_ranks_are_dealt_tensor_first() -> None:
     assert [p[2:] for p in places] == [(0, 1, False)] * 2 + [(0, 1, True)] * 2
 
 
+def test_ranks_of_all_axes_share_the_experts() -> None:
+    layout = Layout(tensor=2, expert=4, sequence_parallel=True)
+    places = run_ranks(4, expert_place, layout)
+    assert places == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert layout.model_ranks == 4 and Layout(context=2, pipeline=3, expert=4).model_ranks == 12
+
+
 def refusal(rank: int, layout: Layout) -> str:
     with pytest.raises(ValueError) as caught:
         initialize(layout)
@@ -41,6 +54,8 @@ def refusal(rank: int, layout: Layout) -> str:
 def test_world_that_does_not_divide_is_refused() -> None:
     texts = run_ranks(3, refusal, Layout(tensor=2))
     assert all("3 ranks are no multiple" in text and "multiple of 2" in text for text in texts)
+    texts = run_ranks(2, refusal, Layout(context=2, expert=4))
+    assert all("pipeline * expert = 1 * 4: start a multiple of 4 ranks" in text for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +65,7 @@ def test_world_that_does_not_divide_is_refused() -> None:
         ({"context": -1}, "context = -1"),
         ({"virtual_pipeline": 2}, "virtual_pipeline = 2"),
         ({"sequence_parallel": True}, "sequence_parallel = True"),
-        ({"expert": 2}, "expert = 2"),
+        ({"expert": 0}, "expert = 0"),
     ],
     ids=lambda x: str(x),
 )

@@ -33,6 +33,12 @@ LAYOUTS = {
     "tp2-cp2-sp": Layout(tensor=2, context=2, sequence_parallel=True),
     "pp2-cp2": Layout(pipeline=2, context=2),
 }
+EXPERT_LAYOUTS = {
+    "single": Layout(),
+    "ep2": Layout(expert=2),
+    "tp2-sp-ep2": Layout(tensor=2, expert=2, sequence_parallel=True),
+    "pp2-ep2": Layout(pipeline=2, expert=2),
+}
 ROPES = {
     "theta": {"rope_type": "default", "rope_theta": 123.0},
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -191,6 +197,17 @@ def test_data_parallel_matches_transformers() -> None:
 )
 def test_family_matches_transformers(kind: str, tied: bool) -> None:
     check(kind, LAYOUTS["tp2-sp"], tied=tied)
+
+
+@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+def test_experts_match_transformers(name: str) -> None:
+    """Megatron's softmax over the chosen experts is float32 whatever the model's dtype."""
+    check("qwen3_moe", EXPERT_LAYOUTS[name], dtype=torch.float32, factor=1.5, floor=1e-6)
+
+
+def test_experts_whose_weights_do_not_sum_to_1_match_transformers() -> None:
+    layout = EXPERT_LAYOUTS["ep2"]
+    check("qwen3_moe_raw", layout, dtype=torch.float32, factor=1.5, floor=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "floor"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from hf_reference import hf_config
-from transformers import GPT2Config, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import GPT2Config, PretrainedConfig, Qwen2Config, Qwen2MoeConfig
 
 from flowrl.megatron.layout import Layout
 from flowrl.megatron.model_config import (
+    expert_layers,
     head_dim,
     padded_vocab_size,
     rope_frequencies,
@@ -92,7 +93,7 @@ def test_sliding_window_is_refused() -> None:
         transformer_config(config, Layout(), torch.float32)
 
 
-@pytest.mark.parametrize("config", [GPT2Config(), Qwen3MoeConfig()], ids=["gpt2", "qwen3-moe"])
+@pytest.mark.parametrize("config", [GPT2Config(), Qwen2MoeConfig()], ids=["gpt2", "qwen2-moe"])
 def test_unknown_model_is_refused(config: PretrainedConfig) -> None:
     with pytest.raises(ValueError, match=f"model_type = {config.model_type}: .*torch policy"):
         transformer_config(config, Layout(), torch.float32)
@@ -121,3 +122,54 @@ def test_other_dtypes_and_recomputation_are_refused() -> None:
         transformer_config(hf_config("llama"), Layout(), torch.float16)
     with pytest.raises(ValueError, match="recompute = 'some'"):
         transformer_config(hf_config("llama"), Layout(), torch.float32, "some")
+
+
+def test_experts_are_translated() -> None:
+    source = hf_config("qwen3_moe", mlp_only_layers=[2], decoder_sparse_step=1)
+    config = transformer_config(source, Layout(expert=2), torch.bfloat16)
+    assert (config.num_moe_experts, config.moe_router_topk) == (4, 2)
+    assert (config.ffn_hidden_size, config.moe_ffn_hidden_size) == (24, 12)
+    assert config.moe_layer_freq == [1, 1, 0, 1]
+    assert (config.expert_model_parallel_size, config.expert_tensor_parallel_size) == (2, 1)
+    # As in transformers: logits in the model's dtype, no token dropped, no loss of the router's.
+    assert (config.moe_router_dtype, config.moe_expert_capacity_factor) == (None, None)
+    assert (config.moe_router_load_balancing_type, config.moe_aux_loss_coeff) == ("none", 0.0)
+    assert config.moe_z_loss_coeff is None and not config.moe_router_pre_softmax
+    assert config.qk_layernorm
+    whole = hf_config("qwen3_moe", norm_topk_prob=False)
+    assert transformer_config(whole, Layout(), torch.float32).moe_router_pre_softmax
+
+
+def test_every_nth_layer_may_have_experts() -> None:
+    source = hf_config("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[3])
+    assert expert_layers(source) == [False, True, False, False]
+    assert expert_layers(hf_config("qwen3")) == [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout", "text"),
+    [
+        ({}, Layout(expert=3), "num_experts = 4 does not divide over expert = 3"),
+        ({}, Layout(tensor=2), "tensor = 2 ranks without sequence parallelism"),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, Layout(), "has no layer with experts"),
+        ({"num_experts": 0}, Layout(), "num_experts = 0"),
+        ({"output_router_logits": True}, Layout(), "output_router_logits = True"),
+        ({"num_experts_per_tok": 1}, Layout(), "num_experts_per_tok = 1"),
+        (
+            {"use_sliding_window": True, "sliding_window": 8},
+            Layout(),
+            "sliding_window = 8 is not represented",
+        ),
+    ],
+    ids=lambda x: "" if isinstance(x, dict | Layout) else x,
+)
+def test_experts_that_are_not_represented_are_refused(
+    settings: dict[str, Any], layout: Layout, text: str
+) -> None:
+    with pytest.raises(ValueError, match=f"qwen3_moe .*{text}"):
+        transformer_config(hf_config("qwen3_moe", **settings), layout, torch.float32)
+
+
+def test_dense_model_has_no_experts_to_share() -> None:
+    with pytest.raises(ValueError, match="expert = 2: this llama has no experts"):
+        transformer_config(hf_config("llama"), Layout(expert=2), torch.float32)

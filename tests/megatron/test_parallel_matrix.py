@@ -8,7 +8,7 @@ from parallel_cases import Case
 from parallel_matrix import BOUNDS, LAYOUTS, ROWS, Row, measure
 from torch import Tensor
 
-from flowrl.megatron import collectives, policy, step
+from flowrl.megatron import collectives, pipeline, policy, step
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
@@ -31,7 +31,7 @@ def with_summed_backward(values: Tensor, group) -> Tensor:
 
 
 def tokens_over_context() -> None:
-    policy.sum_over_context_ranks = without_summed_backward
+    pipeline.sum_over_context_ranks = without_summed_backward
 
 
 def z_over_context() -> None:

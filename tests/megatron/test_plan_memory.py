@@ -17,7 +17,13 @@ from flowrl.megatron.optimizer import MegatronAdamW
 from flowrl.partition import build_partition
 from flowrl.plan.layout import PlannedLayout
 from flowrl.plan.memory import layer_activation_bytes, optimizer_bytes
-from flowrl.plan.sizes import ModelSizes, partition_parameters, read_sizes, stage_parameters
+from flowrl.plan.sizes import (
+    ModelSizes,
+    partition_parameters,
+    read_sizes,
+    stage_parameters,
+    trunk_parameters,
+)
 
 LAYOUTS = {
     "tp2": Layout(tensor=2),
@@ -30,6 +36,14 @@ LAYOUTS = {
 CONFIGS = [
     hf_config(kind, tied=tied) for kind in ("llama", "qwen2", "qwen3") for tied in (False, True)
 ]
+
+
+EXPERT_LAYOUTS = {
+    "ep2": Layout(expert=2),
+    "tp2-sp-ep2": Layout(tensor=2, expert=2, sequence_parallel=True),
+    "pp2-vpp2-ep2": Layout(pipeline=2, virtual_pipeline=2, expert=2),
+}
+EXPERT_CONFIGS = [hf_config(kind) for kind in ("qwen3_moe", "qwen3_moe_late")]
 
 
 def sizes_of(config: PretrainedConfig, folder: Path) -> ModelSizes:
@@ -45,27 +59,35 @@ def planned(layout: Layout, data: int = 1) -> PlannedLayout:
         data,
         layout.virtual_pipeline,
         layout.sequence_parallel,
+        expert=layout.expert,
     )
 
 
-def built_parameters(rank: int, layout: Layout) -> tuple[int, list[int]]:
-    """This rank's pipeline stage, and its parameters of every config."""
+def built_parameters(
+    rank: int, layout: Layout, configs: list[PretrainedConfig]
+) -> tuple[int, list[int]]:
+    """This rank's pipeline stage, and its parameters of every config, of a critic as well."""
     initialize(layout)
-    counts = [
-        sum(p.numel() for c in build_chunks(config, layout, torch.float32) for p in c.parameters())
-        for config in CONFIGS
-    ]
+    counts = []
+    for config in configs:
+        for head in (None, torch.nn.Linear(16, 1)):
+            chunks = build_chunks(config, layout, torch.float32, value_head=head)
+            counts.append(sum(p.numel() for chunk in chunks for p in chunk.parameters()))
     return parallel_state.get_pipeline_model_parallel_rank(), counts
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, *EXPERT_LAYOUTS])
 def test_parameters_are_those_that_megatron_builds(name: str, tmp_path: Path) -> None:
-    layout = LAYOUTS[name]
-    all_sizes = [sizes_of(c, tmp_path / str(i)) for i, c in enumerate(CONFIGS)]
+    layout = (LAYOUTS | EXPERT_LAYOUTS)[name]
+    configs = EXPERT_CONFIGS if name in EXPERT_LAYOUTS else CONFIGS
+    all_sizes = [sizes_of(c, tmp_path / str(i)) for i, c in enumerate(configs)]
     stages = set()
-    for stage, counts in run_ranks(layout.model_ranks, built_parameters, layout):
+    for stage, counts in run_ranks(layout.model_ranks, built_parameters, layout, configs):
         stages.add(stage)
-        assert counts == [stage_parameters(s, planned(layout), stage) for s in all_sizes]
+        plan = planned(layout, layout.model_ranks // (layout.tensor * layout.pipeline))
+        num_head = 17 if stage == layout.pipeline - 1 else 0
+        assert counts[::2] == [stage_parameters(s, plan, stage) for s in all_sizes]
+        assert counts[1::2] == [trunk_parameters(s, plan, stage) + num_head for s in all_sizes]
     assert stages == set(range(layout.pipeline))
 
 

@@ -41,7 +41,7 @@ def assert_same_rows(run_dir: Path, expected_dir: Path) -> None:
             assert value == pytest.approx(other[name], rel=1e-4, abs=1e-4), (row["step"], name)
 
 
-@pytest.mark.parametrize("objective", ["flow_balance", "grpo"])
+@pytest.mark.parametrize("objective", ["flow_balance", "grpo", "ppo"])
 @pytest.mark.parametrize("name", SPREAD)
 def test_run_repeats_one_process(
     tiny_sums: Path, tmp_path: Path, name: str, objective: str

@@ -7,12 +7,14 @@ import pytest
 import torch
 from harness import run_ranks
 from hf_reference import hf_config, hf_model
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flowrl.megatron.layout import Layout, initialize
 from flowrl.megatron.model import FlowModel, build_chunks
 from flowrl.megatron.weights import export_hf_weights, load_hf_weights
 from flowrl.partition import PartitionNetwork
+from flowrl.rollout.publication import expected_weights
 
 LAYOUTS = {
     "single": Layout(),
@@ -24,6 +26,15 @@ LAYOUTS = {
     "tp2-pp2": Layout(tensor=2, pipeline=2),
     "tp2-pp2-vpp2": Layout(tensor=2, pipeline=2, virtual_pipeline=2),
     "pp4": Layout(pipeline=4),
+}
+
+
+EXPERT_LAYOUTS = {
+    "single": Layout(),
+    "ep2": Layout(expert=2),
+    "ep4": Layout(expert=4),
+    "tp2-sp-ep2": Layout(tensor=2, expert=2, sequence_parallel=True),
+    "pp2-vpp2-ep2": Layout(pipeline=2, virtual_pipeline=2, expert=2),
 }
 
 
@@ -74,6 +85,25 @@ def test_round_trip_is_bit_exact(name: str, kind: str, tied: bool) -> None:
     assert all(torch.equal(padding, torch.zeros_like(padding)) for _, padding in shards)
 
 
+@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+def test_round_trip_of_experts_is_bit_exact(name: str, tmp_path: Path) -> None:
+    """From a model's own tensors, and from files, which name the experts one by one."""
+    layout, model = EXPERT_LAYOUTS[name], hf_model(hf_config("qwen3_moe"), torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    truth = dict(model.named_parameters())
+    files = load_file(tmp_path / "model.safetensors")
+    assert "model.layers.0.mlp.experts.0.gate_proj.weight" in files
+    assert "model.layers.0.mlp.experts.gate_up_proj" in truth
+    for source in ([*truth.items()], tmp_path):
+        for only_rank_0 in (False, True):
+            results = run_ranks(
+                layout.model_ranks, round_trip, "qwen3_moe", False, layout, source, only_rank_0
+            )
+            for exported, is_z_kept, _ in results[:1] if only_rank_0 else results:
+                assert is_z_kept and exported.keys() == expected_weights(model.config).keys()
+                assert all(torch.equal(exported[n], x) for n, x in truth.items())
+
+
 def test_layers_come_in_order() -> None:
     layout = LAYOUTS["pp2-vpp2"]
     pairs = list(hf_model(hf_config("llama"), torch.bfloat16).state_dict().items())
@@ -107,8 +137,8 @@ def test_load_from_folder(size: str, tmp_path: Path) -> None:
         assert all(torch.equal(exported[n].float(), x) for n, x in model.state_dict().items())
 
 
-def message(rank: int, source: Any) -> str:
-    chunks = build("llama", False, Layout(), torch.float32)
+def message(rank: int, source: Any, kind: str = "llama") -> str:
+    chunks = build(kind, False, Layout(), torch.float32)
     with pytest.raises(ValueError) as caught:
         load_hf_weights(chunks, source)
     return str(caught.value)
@@ -119,6 +149,15 @@ def test_missing_weights_are_named() -> None:
     kept = [(n, x) for n, x in pairs if "layers.2.mlp.up" not in n and n != "model.norm.weight"]
     text = run_ranks(1, message, kept)[0]
     assert "lacks 2 weights" in text and "model.layers.2.mlp.up_proj.weight" in text
+
+
+def test_missing_expert_is_named(tmp_path: Path) -> None:
+    model = hf_model(hf_config("qwen3_moe"), torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    pairs = list(load_file(tmp_path / "model.safetensors").items())
+    missing = "model.layers.2.mlp.experts.3.up_proj.weight"
+    text = run_ranks(1, message, [(n, x) for n, x in pairs if n != missing], "qwen3_moe")[0]
+    assert f"lacks 1 weights of the model, first {missing}" in text
 
 
 def test_wrong_shape_is_refused() -> None:

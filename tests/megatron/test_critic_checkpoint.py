@@ -1,0 +1,154 @@
+"""PPO's checkpoint goes from a layout to one process and on to another, critic and policy."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from critic_cases import (
+    TOKEN_MEAN,
+    build_critic,
+    build_torch_critic,
+    make_value_head,
+    make_value_objective,
+    value_samples,
+)
+from harness import run_ranks
+from parallel_cases import Spread, build_torch_policy
+from parts_samples import build_parts, save_step, train_steps
+from safetensors.torch import load_file
+from tiny_model import tiny_tokenizer
+from torch import Tensor
+
+from flowrl.checkpoint import (
+    TENSORS_FILE,
+    Checkpoint,
+    latest_checkpoint,
+    load_training_state,
+    save_checkpoint,
+)
+from flowrl.interface import Critic, Policy
+from flowrl.megatron.layout import Layout
+from flowrl.megatron_parts import MegatronParts, trained_shapes
+
+TP2_PP2 = Spread(4, Layout(tensor=2, pipeline=2))
+DP2 = Spread(2, distributed_optimizer=True)
+POLICY = replace(TOKEN_MEAN, objective="grpo")
+
+Figures = list[tuple[float, float]]
+
+
+def build_ppo_parts(spread: Spread) -> MegatronParts:
+    parts = build_parts(POLICY, spread)
+    return replace(
+        parts,
+        critic=build_critic(TOKEN_MEAN, spread),
+        trained_shapes=trained_shapes(parts.shapes, None, make_value_head(TOKEN_MEAN)),
+    )
+
+
+def ppo_steps(policy: Policy, critic: Critic, first: int, last: int) -> Figures:
+    """(loss, gradient norm) of critic and policy in turn."""
+    samples, objective = value_samples(TOKEN_MEAN), make_value_objective(TOKEN_MEAN)
+    figures = []
+    for step in range(first, last):
+        loss = critic.accumulate_gradients(samples, objective)
+        grad_norm, is_applied = critic.optimizer.step(step)
+        assert is_applied
+        figures += [(loss, grad_norm), *train_steps(policy, POLICY, step, step + 1)]
+    return figures
+
+
+def started(rank: int, run_dir: Path) -> Figures:
+    """Two steps, a checkpoint, and two more without a stop."""
+    parts = build_ppo_parts(TP2_PP2)
+    assert parts.critic is not None
+    ppo_steps(parts.policy, parts.critic, 0, 2)
+    save_step(parts, run_dir, 2)
+    figures = ppo_steps(parts.policy, parts.critic, 2, 4)
+    parts.close()
+    return figures
+
+
+def continued_in_one_process(checkpoint: Checkpoint, run_dir: Path) -> Figures:
+    """The third step, and a checkpoint of it."""
+    policy, critic = build_torch_policy(POLICY), build_torch_critic(TOKEN_MEAN)
+    stored, state = load_training_state(checkpoint)
+    policy.optimizer.load_state_tensors(stored)
+    critic.optimizer.load_state_tensors(stored)
+    assert_equal(policy.optimizer.state_tensors() | critic.optimizer.state_tensors(), stored)
+    figures = ppo_steps(policy, critic, 2, 3)
+    save_checkpoint(
+        run_dir,
+        3,
+        model=policy.model,
+        tokenizer=tiny_tokenizer(),
+        tensors=policy.optimizer.state_tensors() | critic.optimizer.state_tensors(),
+        state={**state, "step": 3},
+        keep=2,
+    )
+    return figures
+
+
+def continued(rank: int, checkpoint: Checkpoint, run_dir: Path) -> Figures:
+    """What was read is written again; then the fourth step."""
+    parts = build_ppo_parts(DP2)
+    assert parts.critic is not None
+    parts.load(checkpoint)
+    save_step(parts, run_dir, 3)
+    figures = ppo_steps(parts.policy, parts.critic, 3, 4)
+    parts.close()
+    return figures
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def newest(run_dir: Path) -> Checkpoint:
+    checkpoint = latest_checkpoint(run_dir)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def test_ppo_continues_in_one_process_and_on_another_layout(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("layout", "process", "other")]
+    straight = run_ranks(TP2_PP2.num_ranks, started, folders[0])[0]
+    stored = load_file(newest(folders[0]).path / TENSORS_FILE)
+    assert stored["master.critic.head.weight"].shape == (1, 16)
+    assert stored["exp_avg.critic.head.bias"].abs().max() > 0
+    assert "master.critic.embed_tokens.weight" in stored
+    assert not any("critic.lm_head" in name for name in stored)
+    alone = continued_in_one_process(newest(folders[0]), folders[1])
+    assert alone == [pytest.approx(figures, rel=1e-5) for figures in straight[:2]]
+    for figures in run_ranks(DP2.num_ranks, continued, newest(folders[1]), folders[2]):
+        assert figures == [pytest.approx(expected, rel=1e-5) for expected in straight[2:]]
+    assert_equal(
+        load_file(newest(folders[2]).path / TENSORS_FILE),
+        load_file(newest(folders[1]).path / TENSORS_FILE),
+    )
+
+
+def lacking(rank: int, checkpoint: Checkpoint) -> str:
+    parts = build_ppo_parts(DP2)
+    with pytest.raises(ValueError) as caught:
+        parts.load(checkpoint)
+    parts.close()
+    return str(caught.value)
+
+
+def test_checkpoint_without_a_critic_is_refused(tmp_path: Path) -> None:
+    policy = build_torch_policy(POLICY)
+    save_checkpoint(
+        tmp_path,
+        1,
+        model=policy.model,
+        tokenizer=tiny_tokenizer(),
+        tensors=policy.optimizer.state_tensors(),
+        state={"step": 1, "reference_fingerprint": "of the reference"},
+        keep=1,
+    )
+    for message in run_ranks(2, lacking, newest(tmp_path)):
+        assert "parameters, first critic." in message
