@@ -313,6 +313,7 @@ def step_with_noise(
     run_config = load_config(None, settings(model, run_dir, *changes, "data.val_max_samples=1"))
     with kept_threads(), start(run_config) as run:
         run.parts.engine = NoisyEngine(run.engine, noise, bad_every)  # pyright: ignore
+        run.lookahead.engine = run.engine
         metrics = training_step(run)
         return metrics, {name: weight.clone() for name, weight in run.policy.named_weights()}
 
