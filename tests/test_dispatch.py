@@ -182,3 +182,35 @@ def test_wrong_request_is_no_fault_of_a_server() -> None:
 
     with pytest.raises(ValueError, match="token 99"):
         run_jobs(3, live_servers(2), ask)
+
+
+def test_calls_shorter_than_a_servers_return_do_not_cut_it_off() -> None:
+    sound_one, back = live_servers(2)
+    back.take_out("was killed")
+    num_tries = 0
+
+    async def ask(server: Server, job: int) -> int:
+        await asyncio.sleep(0.02)
+        return job
+
+    async def revive(server: Server) -> None:
+        nonlocal num_tries
+        num_tries += 1
+        server.is_returning = True
+        await asyncio.sleep(0.3)
+        server.is_returning = False
+
+    assert run_jobs(1, [sound_one, back], ask, revive=revive) == [0]
+    assert back.is_live and num_tries == 1
+
+
+def test_a_server_that_does_not_answer_holds_up_no_call() -> None:
+    sound_one, hung = live_servers(2)
+    hung.take_out("hangs")
+
+    async def ask(server: Server, job: int) -> int:
+        return job
+
+    started_at = time.monotonic()
+    assert run_jobs(1, [sound_one, hung], ask, revive=nothing) == [0]
+    assert not hung.is_live and time.monotonic() - started_at < 2

@@ -35,6 +35,7 @@ class Server:
 
     url: str
     is_live: bool = False
+    is_returning: bool = False  # it answers, and is being made ready for use
     num_outstanding: int = 0  # jobs that it works on
     problem: str = "was not asked yet"
 
@@ -151,6 +152,7 @@ class _Dispatch(Generic[Job, Result]):
                     elif task in self.cared_for:
                         self._end_care(task)
                 self._give_up_when_alone()
+            await self._let_return()
         finally:
             tasks = [*self.asked, *self.cared_for]
             for task in tasks:
@@ -170,6 +172,14 @@ class _Dispatch(Generic[Job, Result]):
         while not server.is_live:
             await asyncio.sleep(RETRY_S)
             await try_to_revive(self.service, server)
+
+    async def _let_return(self) -> None:
+        """Wait for servers that are on their way back, once each.
+
+        A call shorter than that would otherwise cut it off every time, and none would come back.
+        """
+        while tasks := [task for task, server in self.cared_for.items() if server.is_returning]:
+            await asyncio.wait(tasks, timeout=0.05)
 
     def _end_care(self, task: asyncio.Task[Any]) -> None:
         server = self.cared_for.pop(task)

@@ -106,12 +106,15 @@ class VllmClient:
     async def publish(self, server: Server) -> None:
         """Have a server load the publication; raises ServerLost unless it has the whole of it."""
         await self._check_health(server)
-        if problem := await self.wrong_model(server):
-            raise ServerLost(problem)
+        server.is_returning = True
         try:
+            if problem := await self.wrong_model(server):
+                raise ServerLost(problem)
             await self._publish(server)
         except BadAnswer as error:
             raise ServerLost(f"{error}, while it took {self.folder.name}") from error
+        finally:
+            server.is_returning = False
 
     async def _publish(self, server: Server) -> None:
         await self._ask(server, "POST", "/pause?mode=abort")
