@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from flowrl.batch import Sample, pack
 from flowrl.interface import TokenOutputs
 from flowrl.objectives.flow_balance import flow_balance_loss
 from flowrl.policy.enumerate import exact_success
+from flowrl.policy.tiny import build_tiny_sums
 from flowrl.rewards import group_normalize
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "distribution_matching"))
@@ -223,8 +225,8 @@ def test_command_measures_two_methods_and_continues(
         assert curve["effective_answers"][0] == pytest.approx(effective, rel=1e-4)
         assert curve["kl_right"][0] == 0 and min(curve["kl_right"][1:]) > 0.01
         assert curve["kl_target"][1] is None  # the expensive one, taken less often
-        assert result["target"]["success"] > 0.8
-    assert record["environment"]["commit"]
+        assert result["target"]["success"]["mean"] > 0.8
+    assert record["environment"]["commit"] and record["num_starts"] == 1
     for name in ("distribution_training.png", "distribution_answers.png"):
         pixels = image.imread(out / "docs" / "images" / name)[:, :, :3]
         assert (pixels.max(axis=2) - pixels.min(axis=2) > 0.3).sum() > 500  # coloured ones
@@ -241,6 +243,25 @@ def test_command_measures_two_methods_and_continues(
     assert {**after, "elapsed_s": 0} == {**before, "elapsed_s": 0}
 
 
+def test_every_seed_has_a_start_policy_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "build_tiny_sums", partial(build_tiny_sums, num_steps=2))
+    weights = []
+    for seed in (0, 1, 1):
+        home = tmp_path / f"seed{seed}"
+        run.start_policy(home, seed)  # the third finds what the second made
+        weights.append((home / "model.safetensors").read_bytes())
+    assert weights[0] != weights[1] and weights[1] == weights[2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed0", "seed1"]
+
+
+def test_runs_of_one_seed_from_several_policies_are_refused(tmp_path: Path) -> None:
+    records = [{"seed": seed, "reference": str(place)} for place, seed in enumerate((0, 1, 1))]
+    with pytest.raises(ValueError, match="one seed started from several policies"):
+        report.write_report(records, [], tmp_path)
+
+
 def test_unknown_method_is_refused(tmp_path: Path) -> None:
     with pytest.raises(run.typer.BadParameter, match="no method .'dpo'.; there are flow_paper"):
-        run.main(tmp_path, ["dpo"], 1, 1, [1e-3], 1, 1, "builtin:tiny-sums", None)
+        run.main(tmp_path, ["dpo"], 1, 1, [1e-3], 1, 1, None, None)

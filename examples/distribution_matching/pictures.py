@@ -68,7 +68,7 @@ def draw_training(results: Sequence[Result], path: Path) -> None:
     for result in results:
         if result["method"] == "flow_paper" and result["target"] is not None:
             goal = result["target"]
-            point = (goal["success"], goal["effective_answers"])
+            point = (goal["success"]["mean"], goal["effective_answers"]["mean"])
             left.plot(*point, "*", color=COLOURS["flow_paper"], ms=13, zorder=5)
             left.annotate(
                 "FlowRL's target, beta 0.5",

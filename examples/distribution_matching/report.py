@@ -103,29 +103,33 @@ def mean_curve(records: Sequence[Record]) -> dict[str, list[float | None]]:
     }
 
 
+def intervals(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Every measure over the seeds, of which each has a row."""
+    return {
+        name: t_interval([row[name] for row in rows])._asdict()
+        for name in rows[0]
+        if name != "step"
+    }
+
+
 def summary(records: Sequence[Record], method: str) -> dict[str, Any]:
     """All that is reported of one method."""
     own = of_method(records, method)
-    last = [record["curve"][-1] for record in own]
+    first, last = ([record["curve"][place] for record in own] for place in (0, -1))
+    targets = [record["target"] for record in own]
     return {
         "method": method,
         "label": METHODS[method].label,
         "overrides": METHODS[method].overrides,
         "lr": own[0]["lr"],
-        "at_end": {
-            name: t_interval([row[name] for row in last])._asdict()
-            for name in last[0]
-            if name != "step"
-        },
-        "held_out_at_end": {
-            name: t_interval([record["held_out"][name] for record in own])._asdict()
-            for name in own[0]["held_out"]
-        },
+        "at_start": intervals(first),
+        "at_end": intervals(last),
+        "held_out_at_end": intervals([record["held_out"] for record in own]),
         "effective_answers_at_success": {
             f"{level:g}": None if interval is None else interval._asdict()
             for level, interval in equal_success(own, "effective_answers").items()
         },
-        "target": own[0]["target"],
+        "target": None if targets[0] is None else intervals(targets),
         "curve": mean_curve(own),
         "seeds": [{"seed": record["seed"], **record["curve"][-1]} for record in own],
         "shown": own[0]["shown"],
@@ -135,8 +139,12 @@ def summary(records: Sequence[Record], method: str) -> dict[str, Any]:
 def end_table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The state after training."""
     table = [["method", "lr", *(title for title, _ in COLUMNS.values())]]
-    before = {name: values[0] for name, values in results[0]["curve"].items()}
-    texts = [f"{before[name]:{form}}" for name, (_, form) in COLUMNS.items() if name != "kl_target"]
+    before = results[0]["at_start"]
+    texts = [
+        Interval(**before[name]).text(form)
+        for name, (_, form) in COLUMNS.items()
+        if name != "kl_target"
+    ]
     table.append(["before training", "", *texts, ""])
     for result in results:
         cells = []
@@ -146,7 +154,7 @@ def end_table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
                 continue
             cells.append(Interval(**result["at_end"][name]).text(form))
             if name == "kl_target":
-                cells[-1] = f"{result['curve'][name][0]:{form}} -> {cells[-1]}"
+                cells[-1] = f"{result['at_start'][name]['mean']:{form}} -> {cells[-1]}"
         table.append([result["label"], f"{result['lr']:g}", *cells])
     return table
 
@@ -157,7 +165,7 @@ def target_table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     table = [["target of", *(COLUMNS[name][0] for name in names)]]
     for result in results:
         if result["target"] is not None:
-            cells = [f"{result['target'][name]:{COLUMNS[name][1]}}" for name in names]
+            cells = [Interval(**result["target"][name]).text(COLUMNS[name][1]) for name in names]
             table.append([result["label"], *cells])
     return table
 
@@ -197,9 +205,10 @@ def page(facts: dict[str, Any], tuning: Sequence[Record], images: str) -> str:
     num_seeds = len(results[0]["seeds"])
     parts = [
         "# Distribution matching, measured",
-        f"Written by run.py; README.md says what it means. Means over {num_seeds} seeds after "
-        f"{facts['steps']} steps, {facts['intervals']}; every number is computed from the "
-        f"probabilities of all answers to the {len(facts['trained_on'])} training prompts.",
+        f"Written by run.py; README.md says what it means. Means over {num_seeds} seeds, "
+        f"from {facts['num_starts']} start policies, after {facts['steps']} steps, "
+        f"{facts['intervals']}; every number is computed from the probabilities of all answers to "
+        f"the {len(facts['trained_on'])} training prompts.",
         markdown(end_table(results)),
         f"![success against diversity, and the distance to the target]({images}/{TRAINING_IMAGE})",
         f"![the answers to one prompt]({images}/{ANSWERS_IMAGE})",
@@ -226,10 +235,11 @@ def page(facts: dict[str, Any], tuning: Sequence[Record], images: str) -> str:
 def write_report(records: Sequence[Record], tuning: Sequence[Record], out: Path) -> None:
     """Print the page; write it with the record and the pictures to their places under `out`.
 
-    Raises ValueError when the runs did not all start from the same policy.
+    Raises ValueError when runs of one seed did not start from the same policy.
     """
-    if len(starts := {record["reference"] for record in (*records, *tuning)}) > 1:
-        raise ValueError(f"the runs started from {len(starts)} policies: give a new --folder")
+    starts = {(record["seed"], record["reference"]) for record in (*records, *tuning)}
+    if len(starts) > len({seed for seed, _ in starts}):
+        raise ValueError("runs of one seed started from several policies: give a new --folder")
     results = [
         summary(records, method) for method in dict.fromkeys(record["method"] for record in records)
     ]
@@ -237,6 +247,7 @@ def write_report(records: Sequence[Record], tuning: Sequence[Record], out: Path)
         "environment": environment(torch.device("cpu")),
         "steps": records[0]["steps"],
         "trained_on": records[0]["trained_on"],
+        "num_starts": len({record["reference"] for record in records}),
         "intervals": "with 95 % intervals (Student's t)",
         "rates_chosen_by": f"largest mean {TUNED_FOR} at the end, on seeds of their own",
         "elapsed_s": sum(record["elapsed_s"] for record in (*records, *tuning)),

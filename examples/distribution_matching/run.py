@@ -2,14 +2,15 @@
 
     python examples/distribution_matching/run.py
 
-Trains every method from the same policy with the same budget, first at each learning rate of one
-grid on seeds of their own, then at the chosen rate on fresh seeds, and measures by listing all
+Trains every method from the same policies with the same budget, first at each learning rate of
+one grid on seeds of their own, then at the chosen rate on fresh seeds, and measures by listing all
 answers. Every finished run is a file, so the command continues where it was stopped.
 """
 
 import itertools
 import json
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -29,11 +30,11 @@ from report import Record, choose_rates, write_report
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flowrl.config import cache_dir, load_config
+from flowrl.config import load_config
 from flowrl.files import write_whole
 from flowrl.parts import TorchParts
 from flowrl.policy.enumerate import exact_success
-from flowrl.policy.pretrained import resolve_model_path
+from flowrl.policy.tiny import build_tiny_sums
 from flowrl.rewards import RewardRequest, RewardResult, expression
 from flowrl.run import Run, start
 from flowrl.settings import Config
@@ -58,6 +59,23 @@ class Job:
     @property
     def file_name(self) -> str:
         return f"{self.method}_lr{self.lr:g}_seed{self.seed}_steps{self.steps}.json"
+
+
+def start_policy(home: Path, seed: int) -> None:
+    """Make the policy that every method starts from with this seed.
+
+    One for each, since supervision has luck of its own, and another kind of processor, which rounds
+    otherwise, gets another policy from the same seed: the intervals are to count both.
+    """
+    if home.exists():
+        return
+    home.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
+    try:
+        build_tiny_sums(scratch, seed=seed)
+        os.replace(scratch, home)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def config_of(job: Job, folder: str) -> Config:
@@ -264,7 +282,9 @@ def main(
     rates: Annotated[list[float], typer.Option("--rate", help="learning rates")] = list(RATES),  # noqa: B006
     steps: Annotated[int, typer.Option(help="training steps")] = 200,
     processes: Annotated[int, typer.Option(help="runs at a time, one thread each")] = 2,
-    model: Annotated[str, typer.Option(help="the policy to start from")] = "builtin:tiny-sums",
+    model: Annotated[
+        str | None, typer.Option(help="the policy to start from; default: one for each seed")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="root of the tables, record and pictures; default: the folder"),
@@ -272,18 +292,25 @@ def main(
 ) -> None:
     if unknown := set(methods) - set(METHODS):
         raise typer.BadParameter(f"no method {sorted(unknown)}; there are {', '.join(METHODS)}")
-    resolve_model_path(model, cache_dir())  # once, before several processes want it
+    tuned_on = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tuning_seeds)
+    homes = {seed: folder / "policies" / f"seed{seed}" for seed in (*tuned_on, *range(seeds))}
+
+    def job(method: str, lr: float, seed: int) -> Job:
+        return Job(method, lr, seed, steps, str(homes[seed]) if model is None else model)
+
     tuning_jobs = [
-        Job(method, lr, FIRST_TUNING_SEED + seed, steps, model)
-        for seed, lr, method in itertools.product(range(tuning_seeds), rates, methods)
+        job(method, lr, seed)
+        for seed, lr, method in itertools.product(tuned_on, rates, methods)
         if len(rates) > 1  # else there is nothing to choose
     ]
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, end_with_parent) as pool:
+        if model is None:
+            list(pool.map(start_policy, homes.values(), homes.keys()))
         tuning = finished(tuning_jobs, folder, pool, "choosing learning rates")
         chosen = dict.fromkeys(methods, rates[0]) | choose_rates(tuning)
         jobs = [
-            Job(method, chosen[method], seed, steps, model)
+            job(method, chosen[method], seed)
             for seed, method in itertools.product(range(seeds), methods)
         ]
         records = finished(jobs, folder, pool, "reported runs")

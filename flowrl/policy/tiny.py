@@ -40,7 +40,7 @@ LEARNING_RATE = 4e-3
 SEED = 0
 
 
-def build_tiny_sums(folder: Path, *, num_steps: int = NUM_STEPS) -> None:
+def build_tiny_sums(folder: Path, *, num_steps: int = NUM_STEPS, seed: int = SEED) -> None:
     """Train the tiny policy and write model and tokenizer to `folder`, for `from_pretrained`.
 
     Takes 8 to 14 s of one core, and no more than one. The weights (float32) repeat bitwise on one
@@ -50,11 +50,11 @@ def build_tiny_sums(folder: Path, *, num_steps: int = NUM_STEPS) -> None:
         raise ValueError(f"num_steps = {num_steps}: give at least 1")
     logger.warning("training the tiny policy by supervision, about half a minute")
     tokenizer = _tokenizer()
-    model = _untrained_model()
+    model = _untrained_model(seed)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a step's products are small: threads would mostly wait
     try:
-        _supervise(model, num_steps)
+        _supervise(model, num_steps, seed)
     finally:
         torch.set_num_threads(num_threads)
     results = [exact_success(model, tokenizer, target) for target in TARGETS]
@@ -82,7 +82,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _untrained_model() -> PreTrainedModel:
+def _untrained_model(seed: int) -> PreTrainedModel:
     """A Llama of 0.22 M parameters: 2 layers, hidden 96, tied embeddings, float32."""
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
@@ -99,7 +99,7 @@ def _untrained_model() -> PreTrainedModel:
         pad_token_id=PAD,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
@@ -150,10 +150,10 @@ def _learning_rate(step: int, num_steps: int) -> float:
     return LEARNING_RATE * warm_up * (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
-def _supervise(model: PreTrainedModel, num_steps: int) -> None:
+def _supervise(model: PreTrainedModel, num_steps: int, seed: int) -> None:
     """Minimise the cross-entropy of the answers, batch by batch."""
     tokens, probability, targets = _soft_targets()
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     model.train()
     for step in range(num_steps):
