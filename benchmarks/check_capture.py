@@ -1,10 +1,12 @@
 """Every op without host synchronisation, and inside a CUDA graph, forward and backward.
 
     python benchmarks/check_capture.py
+    compute-sanitizer python benchmarks/check_capture.py --once --rows 200 --hidden 70
 
 Each op first runs with synchronisations made errors, twice, which has to give the same bits; then
 it is captured into a graph, and the replay has to give them too. --device cpu runs the ops without
-either, to try the script. The exit status is the number of ops that failed.
+either, to try the script. --once runs each op once and checks nothing, for a tool that watches:
+compute-sanitizer or ncu. The exit status is the number of ops that failed.
 """
 
 import json
@@ -26,8 +28,7 @@ from flowrl.kernels.token_clip import token_clip
 Check = Callable[[], tuple[Tensor, ...]]
 
 
-def head(device: torch.device, num_rows: int, drop_mass: float, entropy: bool) -> Check:
-    case = Case(num_rows, 256, 5000, "bfloat16" if device.type == "cuda" else "float32", peak=3.0)
+def head(case: Case, device: torch.device, drop_mass: float, entropy: bool) -> Check:
     hidden, weight, target, grad = make_inputs(case, device)
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -108,19 +109,33 @@ def compare(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], who: str) -
 def main(
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the script")] = "cuda",
     rows: Annotated[int, typer.Option(help="tokens")] = 700,
+    hidden: Annotated[int, typer.Option(help="hidden size of the head")] = 256,
+    vocab: Annotated[int, typer.Option(help="vocabulary of the head")] = 5000,
+    dtype: Annotated[str | None, typer.Option(help="default: bfloat16 on a GPU")] = None,
+    once: Annotated[bool, typer.Option("--once", help="run only, for a tool to watch")] = False,
+    only: Annotated[str, typer.Option(help="ops whose name begins so")] = "",
     json_path: Annotated[Path | None, typer.Option("--json", help="write the results")] = None,
 ) -> None:
     where = torch.device(device)
+    dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    case = Case(rows, hidden, vocab, dtype, peak=3.0)
     checks = {
-        "linear_logprob": head(where, rows, 0.0, False),
-        "linear_logprob entropy": head(where, rows, 0.0, True),
-        "linear_logprob drop_mass": head(where, rows, 2**-9, False),
+        "linear_logprob": head(case, where, 0.0, False),
+        "linear_logprob entropy": head(case, where, 0.0, True),
+        "linear_logprob drop_mass": head(case, where, 2**-9, False),
         **token_ops(where, rows),
     }
     results = {}
     for name, run in checks.items():
+        if not name.startswith(only):
+            continue
         try:
-            check(run, where)
+            if once:
+                run()
+            else:
+                check(run, where)
+            if where.type == "cuda":
+                torch.cuda.synchronize()
             results[name] = "ok"
         except RuntimeError as error:
             traceback.print_exc()

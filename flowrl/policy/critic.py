@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from flowrl.batch import PackedBatch, Sample, micro_batches, response_values
 from flowrl.interface import ValueObjective, normalizer_count
-from flowrl.policy.attention import plan_attention
+from flowrl.policy.forward import trunk_states
 from flowrl.policy.optimizer import MasterAdamW
 
 
@@ -24,12 +24,7 @@ class TorchCritic:
     device: torch.device
 
     def _values(self, batch: PackedBatch) -> Tensor:
-        hidden = self.model.base_model(
-            input_ids=batch.trunk_ids[None],
-            position_ids=batch.trunk_positions[None],
-            use_cache=False,
-            plan=plan_attention(batch, self.model.dtype),
-        ).last_hidden_state[0]
+        hidden = trunk_states(self.model, batch)
         response = batch.response_mask.nonzero()[:, 0]  # never 0: a sequence starts with its prompt
         states = hidden[batch.trunk_rows[response - 1]]
         values = self.head(states.to(self.head.weight.dtype))[:, 0]

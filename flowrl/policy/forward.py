@@ -28,27 +28,32 @@ def output_weight(model: PreTrainedModel) -> torch.nn.Parameter:
     return head.weight
 
 
-def forward_tokens(
+def trunk_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Run the trunk on all tokens: post-norm hidden states [U, H]."""
+    return model.base_model(
+        input_ids=batch.trunk_ids[None],
+        position_ids=batch.trunk_positions[None],
+        use_cache=False,
+        plan=plan_attention(batch, model.dtype),
+    ).last_hidden_state[0]
+
+
+def head_outputs(
     model: PreTrainedModel,
     batch: PackedBatch,
+    hidden: Tensor,
     temperature: float,
     *,
     with_entropy: bool = False,
     drop_mass: float = 0.0,
     weight_grad: Tensor | None = None,
 ) -> TokenOutputs:
-    """Run the trunk on all tokens and the head on response tokens only.
+    """Run the head on response tokens, from the trunk's states [U, H].
 
     The log-prob of token i comes from the state of token i - 1, of softmax(logits / temperature),
     the distribution the rollout sampled from. `weight_grad`, a float32 buffer [V, H], receives the
     head's weight gradient in place of autograd, which would round it to the weight's dtype.
     """
-    hidden = model.base_model(
-        input_ids=batch.trunk_ids[None],
-        position_ids=batch.trunk_positions[None],
-        use_cache=False,
-        plan=plan_attention(batch, model.dtype),
-    ).last_hidden_state[0]
     response = batch.response_mask.nonzero()[:, 0]  # never 0: a sequence starts with its prompt
     weight = output_weight(model)
     dropped_mass = None
@@ -70,6 +75,27 @@ def forward_tokens(
         entropy=zeros if entropy is None else zeros.index_put((response,), entropy),
         hidden=hidden,
         dropped_mass=dropped_mass,
+    )
+
+
+def forward_tokens(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    temperature: float,
+    *,
+    with_entropy: bool = False,
+    drop_mass: float = 0.0,
+    weight_grad: Tensor | None = None,
+) -> TokenOutputs:
+    """Run the trunk on all tokens and the head on response tokens only, see `head_outputs`."""
+    return head_outputs(
+        model,
+        batch,
+        trunk_states(model, batch),
+        temperature,
+        with_entropy=with_entropy,
+        drop_mass=drop_mass,
+        weight_grad=weight_grad,
     )
 
 

@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flowrl.kernels._triton import IS_INTERPRETED
 from flowrl.kernels.linear_logprob import reference
+from flowrl.kernels.linear_logprob.gpu_blocks import BLOCKS, Table, device_kind, launch_options
 
 TILE = tl.constexpr(128)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -29,49 +30,6 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # the mean logit of a partial tile.
 PADDING_LOGIT = tl.constexpr(-1e20)
 TENSOR_MAP_ALIGNMENT = 16  # bytes, of the base and the row stride of what TMA reads
-
-
-def forward_config(
-    capability: tuple[int, int], dtype: torch.dtype, is_tma: bool, is_crowded: bool = False
-) -> dict[str, int]:
-    """Return block sizes, warps and stages of `forward_kernel`; none depends on T.
-
-    `is_crowded` is for filling kept_logits, which needs registers of its own.
-    """
-    if capability < (8, 0):
-        raise ValueError(
-            f"the Triton kernels need compute capability 8.0 or later, this device has "
-            f'{capability[0]}.{capability[1]}; pass implementation="reference"'
-        )
-    # Chosen by the compiler's resource report, not by timing: the largest that do not spill.
-    has_wide_products = capability[0] in (9, 10)
-    if dtype == torch.float32:  # three tf32 products
-        block_t = 128 if has_wide_products else 64
-        return _config(block_t, 128, 32, num_warps=8, num_stages=3)  # 96 or 72 KiB
-    if has_wide_products and is_tma:
-        block_v = 128 if is_crowded else 256
-        return _config(128, block_v, 64, num_warps=8, num_stages=4)  # 192 KiB of shared memory
-    if has_wide_products:  # only with rows that are not aligned, which copy element by element
-        return _config(128, 128, 32, num_warps=8, num_stages=2)
-    if capability in ((8, 0), (8, 7)):
-        return _config(128, 128, 64, num_warps=8, num_stages=4)  # 128 KiB
-    return _config(128, 128, 64, num_warps=8, num_stages=3)  # 96 KiB: sm_86, sm_89, sm_120
-
-
-def _config(
-    block_t: int, block_v: int, block_h: int, num_warps: int, num_stages: int
-) -> dict[str, int]:
-    # Sixteen row blocks share a panel of the weight in the second-level cache, and with H = 3584
-    # they are 15 MB of hidden states in bfloat16 that stay there too (an estimate, not measured).
-    # The interpreter pays for every entry, padding or not.
-    return {
-        "BLOCK_T": 32 if IS_INTERPRETED else block_t,
-        "BLOCK_V": block_v,
-        "BLOCK_H": 32 if IS_INTERPRETED else block_h,
-        "GROUP": 16,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-    }
 
 
 def forward(
@@ -83,6 +41,7 @@ def forward(
     ignore_index: int = -100,
     entropy: bool = False,
     kept_logits: Tensor | None = None,
+    table: Table = BLOCKS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (lse [T], target_logit [T], mean_logit [T], tile_lse [T, tiles]) of one shard.
 
@@ -105,7 +64,8 @@ def forward(
     if num_rows > 0:
         is_tma = can_use_tma(hidden, weight_shard)
         keeps = kept_logits is not None
-        config = forward_config(device_capability(hidden), hidden.dtype, is_tma, is_crowded=keeps)
+        kind = device_kind(device_capability(hidden), hidden.dtype, is_tma)
+        config = launch_options(table, "forward_keep" if keeps else "forward", kind)
         hidden, weight_shard = interpretable(hidden), interpretable(weight_shard)
         target = target.contiguous()
         num_blocks = triton.cdiv(num_rows, config["BLOCK_T"]) * triton.cdiv(

@@ -29,9 +29,8 @@ from flowrl.kernels.linear_logprob.gpu import (
     on_device,
     unit_gradients,
 )
+from flowrl.kernels.linear_logprob.gpu_blocks import BLOCKS, Table, device_kind, launch_options
 from flowrl.kernels.linear_logprob.gpu_dense import (
-    crowded_products,
-    dense_config,
     gather_kernel,
     grad_hidden_kernel,
     grad_logits_kernel,
@@ -65,6 +64,7 @@ def backward(
     kept_logits: Tensor | None = None,
     needs_grad_weight: bool = True,
     grad_weight_dtype: torch.dtype | None = None,
+    table: Table = BLOCKS,
 ) -> tuple[Tensor, Tensor]:
     """Return (grad_hidden [T, H], grad_weight [V, H] or [0, H]) of one shard.
 
@@ -102,6 +102,7 @@ def backward(
             weight_grad=weight_grad,
             needs_grad_weight=needs_grad_weight,
             grad_weight_dtype=grad_weight_dtype,
+            table=table,
         )
     else:
         grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32)
@@ -135,6 +136,7 @@ def backward(
             destination if needs_grad_weight or weight_grad is not None else None,
             weight_grad is not None,
             is_dense,
+            table,
         )
     return grad_hidden, grad_weight
 
@@ -157,16 +159,19 @@ def _run_slices(
     grad_weight: Tensor | None,
     is_accumulated: bool,
     is_dense: Tensor,
+    table: Table,
 ) -> None:
     (num_rows, hidden_size), num_entries = hidden.shape, weight.shape[0]
     is_tma = can_use_tma(weight)
-    has_entropy, capability = grad_entropy is not None, device_capability(hidden)
-    logits_crowded, sums_crowded = crowded_products(capability, has_entropy)
-    logits_config = dense_config(capability, hidden.dtype, is_tma, logits_crowded)
-    sums_config = dense_config(capability, hidden.dtype, is_tma, sums_crowded)
-    logits_block_n, block_n = logits_config["BLOCK_N"], sums_config["BLOCK_N"]
-    block_m, block_k = sums_config["BLOCK_M"], sums_config["BLOCK_K"]
-    assert block_m % block_k == 0  # a sum over rows ends where the zeros of the last block do
+    has_entropy = grad_entropy is not None
+    kind = device_kind(device_capability(hidden), hidden.dtype, is_tma)
+    d_name = "grad_logits_entropy" if has_entropy else "grad_logits"
+    for_d, for_hidden, for_weight = (
+        launch_options(table, name, kind) for name in (d_name, "grad_hidden", "grad_weight")
+    )
+    # A sum over rows, or over entries, ends where the zeros of d's last block do.
+    assert for_d["BLOCK_M"] % for_weight["BLOCK_K"] == 0
+    assert for_d["BLOCK_N"] % for_hidden["BLOCK_K"] == 0
     hidden, weight = interpretable(hidden), interpretable(weight)
     precision = dot_precision(hidden)
     unit_grad, unit_grad_entropy, scale = unit_gradients(
@@ -181,6 +186,7 @@ def _run_slices(
     order = torch.argsort((~is_live).to(torch.uint8), stable=True)
     num_live = is_live.sum(dtype=torch.int32)[None] * is_dense  # 0: every product is empty
 
+    block_m = for_d["BLOCK_M"]
     num_padded = triton.cdiv(num_rows, block_m) * block_m
     row_stride = triton.cdiv(hidden_size, 8) * 8  # which TMA can step over
     live_hidden = hidden.new_empty(num_padded, row_stride)[:, :hidden_size]
@@ -203,20 +209,22 @@ def _run_slices(
 
     slice_size = slice_entries(num_padded, hidden.element_size(), num_entries)
     grad_logits = hidden.new_empty(num_padded, slice_size)
-    hidden_m = block_source(live_hidden, block_m, block_k, is_tma)
-    hidden_n = block_source(live_hidden, block_k, block_n, is_tma)
-    weight_n = block_source(weight, logits_block_n, block_k, is_tma)
-    weight_k = block_source(weight, block_k, block_n, is_tma)
-    grad_m = block_source(grad_logits, block_m, block_k, is_tma)
-    grad_k = block_source(grad_logits, block_k, block_m, is_tma)
+    rows_of_d = block_source(live_hidden, for_d["BLOCK_M"], for_d["BLOCK_K"], is_tma)
+    entries_of_d = block_source(weight, for_d["BLOCK_N"], for_d["BLOCK_K"], is_tma)
+    d_by_rows = block_source(grad_logits, for_hidden["BLOCK_M"], for_hidden["BLOCK_K"], is_tma)
+    weight_by_d = block_source(weight, for_hidden["BLOCK_K"], for_hidden["BLOCK_N"], is_tma)
+    d_by_entries = block_source(grad_logits, for_weight["BLOCK_K"], for_weight["BLOCK_M"], is_tma)
+    hidden_by_d = block_source(live_hidden, for_weight["BLOCK_K"], for_weight["BLOCK_N"], is_tma)
     tail = None if logprob is None else -torch.expm1(logprob.float()).contiguous()
-    row_blocks, hidden_blocks = num_padded // block_m, triton.cdiv(hidden_size, block_n)
+    cdiv = triton.cdiv
+    hidden_grid = cdiv(num_padded, for_hidden["BLOCK_M"]) * cdiv(hidden_size, for_hidden["BLOCK_N"])
+    columns_of_weight = cdiv(hidden_size, for_weight["BLOCK_N"])
     for start in range(0, num_entries, slice_size):
         width = min(slice_size, num_entries - start)
         if kept is None:
-            grad_logits_kernel[(row_blocks * triton.cdiv(width, logits_block_n),)](
-                hidden_m,
-                weight_n,
+            grad_logits_kernel[(num_padded // block_m * cdiv(width, for_d["BLOCK_N"]),)](
+                rows_of_d,
+                entries_of_d,
                 order,
                 num_live,
                 target,
@@ -239,7 +247,7 @@ def _run_slices(
                 IS_TMA=is_tma,
                 PRECISION=precision,
                 enable_fp_fusion=True,
-                **logits_config,
+                **for_d,
             )
         else:
             kept_grad_logits_kernel[(num_padded // 32, triton.cdiv(width, TILE.value))](
@@ -268,9 +276,9 @@ def _run_slices(
                 num_warps=4,
                 enable_fp_fusion=True,
             )
-        grad_hidden_kernel[(row_blocks * hidden_blocks,)](
-            grad_m,
-            weight_k,
+        grad_hidden_kernel[(hidden_grid,)](
+            d_by_rows,
+            weight_by_d,
             order,
             num_live,
             scale,
@@ -285,12 +293,12 @@ def _run_slices(
             IS_TMA=is_tma,
             PRECISION=precision,
             enable_fp_fusion=True,
-            **sums_config,
+            **for_hidden,
         )
         if written is not None:
-            grad_weight_kernel[(triton.cdiv(width, block_m) * hidden_blocks,)](
-                grad_k,
-                hidden_n,
+            grad_weight_kernel[(cdiv(width, for_weight["BLOCK_M"]) * columns_of_weight,)](
+                d_by_entries,
+                hidden_by_d,
                 num_live,
                 is_dense,
                 scale,
@@ -307,7 +315,7 @@ def _run_slices(
                 IS_TMA=is_tma,
                 PRECISION=precision,
                 enable_fp_fusion=True,
-                **sums_config,
+                **for_weight,
             )
     if grad_weight is not None and written is not None and is_rounded_after:
         grad_weight.copy_(written)

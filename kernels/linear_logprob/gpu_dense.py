@@ -4,43 +4,17 @@ gpu_backward.py says what they compute together. Each finds the number of rows w
 the device and leaves the work beyond it undone.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from flowrl.kernels.linear_logprob.gpu import (
     LOG2_E,
     TILE,
-    forward_config,
     grouped_block,
     load_block,
     shard_column,
     split_tiles,
 )
-
-
-def dense_config(
-    capability: tuple[int, int], dtype: torch.dtype, is_tma: bool, is_crowded: bool
-) -> dict[str, int]:
-    """Return block sizes, warps and stages of one product; BLOCK_M is the same for all.
-
-    `is_crowded` is for what would spill registers in blocks of 256 columns: d with an entropy on
-    sm_90, and the sums of `grad_hidden` and `grad_weight` on sm_100, see `crowded_products`.
-    """
-    forward = forward_config(capability, dtype, is_tma, is_crowded)
-    return {
-        "BLOCK_M": forward["BLOCK_T"],
-        "BLOCK_N": forward["BLOCK_V"],
-        "BLOCK_K": forward["BLOCK_H"],
-        "GROUP": 8,
-        "num_warps": forward["num_warps"],
-        "num_stages": forward["num_stages"],
-    }
-
-
-def crowded_products(capability: tuple[int, int], entropy: bool) -> tuple[bool, bool]:
-    """Return whether d, and whether the two sums, are short of registers: read off the compiler."""
-    return capability[0] == 9 and entropy, capability[0] == 10
 
 
 @triton.jit

@@ -14,8 +14,6 @@ grad_hidden, 8 H bytes or 1.9 ps H. One (row, tile) of the exact backward, three
 gather, takes 1.2 ps H at 80 % of the peak.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -34,6 +32,7 @@ from flowrl.kernels.linear_logprob.gpu import (
     on_device,
     unit_gradients,
 )
+from flowrl.kernels.linear_logprob.gpu_blocks import BLOCKS, Table, device_kind, launch_options
 from flowrl.kernels.linear_logprob.gpu_lists import (
     CHUNK,
     LIST_ROWS,
@@ -47,37 +46,6 @@ from flowrl.kernels.linear_logprob.gpu_lists import (
 MAX_FILL = 0.25
 # Bytes of P that exist at a time: 4096 chunks in bfloat16. Larger waves are fewer launches.
 PAIR_BUFFER_BYTES = 2**27
-
-
-class PairConfig(NamedTuple):
-    """Block sizes, warps and stages of the three kernels."""
-
-    p: dict[str, int]
-    dw: dict[str, int]
-    dh: dict[str, int]
-
-
-def pair_config(capability: tuple[int, int], dtype: torch.dtype, is_tma: bool) -> PairConfig:
-    """Return the blocks for a device, chosen by the compiler's resource report: none spills."""
-    # The stages of pair_dw include the load of the row numbers, which takes up two of them. pair_dh
-    # leaves shared memory for the two programs that a multiprocessor gets.
-    if dtype == torch.float32:
-        return PairConfig(
-            p={"BLOCK_H": 16, "num_warps": 8, "num_stages": 2},
-            dw={"BLOCK_H": 64, "BLOCK_PAIRS": 32, "num_warps": 8, "num_stages": 3},
-            dh={"BLOCK_PAIRS": 64, "BLOCK_V": 32, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3},
-        )
-    if capability[0] in (9, 10) and is_tma:
-        return PairConfig(
-            p={"BLOCK_H": 64, "num_warps": 8, "num_stages": 4},
-            dw={"BLOCK_H": 128, "BLOCK_PAIRS": 64, "num_warps": 8, "num_stages": 5},
-            dh={"BLOCK_PAIRS": 64, "BLOCK_V": 128, "BLOCK_H": 128, "num_warps": 4, "num_stages": 1},
-        )
-    return PairConfig(
-        p={"BLOCK_H": 32, "num_warps": 8, "num_stages": 4},
-        dw={"BLOCK_H": 128, "BLOCK_PAIRS": 32, "num_warps": 8, "num_stages": 4},
-        dh={"BLOCK_PAIRS": 64, "BLOCK_V": 128, "BLOCK_H": 64, "num_warps": 4, "num_stages": 2},
-    )
 
 
 @triton.jit
@@ -277,6 +245,7 @@ def pair_backward(
     grad_weight_dtype: torch.dtype | None,
     max_fill: float = MAX_FILL,
     buffer_bytes: int = PAIR_BUFFER_BYTES,
+    table: Table = BLOCKS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (grad_hidden [T, H] float32, grad_weight [V, H] or [0, H], is_dense [1] int32).
 
@@ -302,7 +271,7 @@ def pair_backward(
         return grad_hidden, grad_weight.zero_().to(grad_weight_dtype), is_dense
 
     is_tma = can_use_tma(weight_shard)
-    config = pair_config(device_capability(hidden), hidden.dtype, is_tma)
+    kind = device_kind(device_capability(hidden), hidden.dtype, is_tma)
     hidden, weight_shard = interpretable(hidden), interpretable(weight_shard)
     unit_grad, _, scale = unit_gradients(grad_logprob, None, temperature, hidden.dtype)
     num_tiles = triton.cdiv(num_entries, TILE.value)
@@ -322,7 +291,8 @@ def pair_backward(
             *(hidden, weight_shard, target.contiguous(), vocab_start, 1 / temperature),
             *(lse.contiguous(), unit_grad, scale, lists, pairs, grad_hidden),
             *(grad_weight if weight_grad is None else weight_grad, needs_grad_weight),
-            *(weight_grad is not None, config, is_tma),
+            *(weight_grad is not None, is_tma),
+            *(launch_options(table, name, kind) for name in ("pair_p", "pair_dw", "pair_dh")),
         )
     if dropped_mass is not None:
         dropped_mass.copy_(lists.dropped_mass)
@@ -344,43 +314,45 @@ def _run_waves(
     grad_weight: Tensor,
     needs_grad_weight: bool,
     adds: bool,
-    config: PairConfig,
     is_tma: bool,
+    p_blocks: dict[str, int],
+    dw_blocks: dict[str, int],
+    dh_blocks: dict[str, int],
 ) -> None:
     num_pairs, (num_rows, hidden_size), num_entries = len(pairs), hidden.shape, len(weight)
     flags = {"IS_TMA": is_tma, "PRECISION": dot_precision(hidden), "enable_fp_fusion": True}
     num_sms = _num_multiprocessors(hidden)
     # As many ranges of rows as give two programs of pair_dh to a multiprocessor.
     row_blocks = triton.cdiv(num_rows, LIST_ROWS)
-    column_blocks = triton.cdiv(hidden_size, config.dh["BLOCK_H"])
+    column_blocks = triton.cdiv(hidden_size, dh_blocks["BLOCK_H"])
     num_ranges = min(triton.cdiv(2 * num_sms, column_blocks), row_blocks)
     range_blocks = triton.cdiv(row_blocks, num_ranges)
     for wave in range(len(lists.wave_tile) - 1):
         pair_p_kernel[(num_pairs // PAIR_CHUNK,)](
-            *(hidden, block_source(weight, TILE.value, config.p["BLOCK_H"], is_tma), target, lse),
+            *(hidden, block_source(weight, TILE.value, p_blocks["BLOCK_H"], is_tma), target, lse),
             *(unit_grad, lists.rows, lists.chunk_start, lists.chunk_tile, lists.wave_tile, pairs),
             *(wave, vocab_start, num_entries, hidden_size, hidden.stride(0), weight.stride(0)),
             inverse_temperature,
-            **config.p,
+            **p_blocks,
             **flags,
         )
         if needs_grad_weight:
             pair_dw_kernel[(2 * num_sms,)](
-                block_source(pairs, config.dw["BLOCK_PAIRS"], TILE.value, is_tma),
+                block_source(pairs, dw_blocks["BLOCK_PAIRS"], TILE.value, is_tma),
                 *(hidden, lists.rows, lists.chunk_start, lists.wave_tile, scale, grad_weight),
                 *(wave, num_pairs, num_entries, hidden_size, hidden.stride(0)),
                 *(grad_weight.stride(0), grad_weight.stride(1)),
                 **{"ADD": adds},
-                **config.dw,
+                **dw_blocks,
                 **flags,
             )
         pair_dh_kernel[(column_blocks, triton.cdiv(row_blocks, range_blocks))](
-            block_source(pairs, config.dh["BLOCK_PAIRS"], config.dh["BLOCK_V"], is_tma),
-            block_source(weight, config.dh["BLOCK_V"], config.dh["BLOCK_H"], is_tma),
+            block_source(pairs, dh_blocks["BLOCK_PAIRS"], dh_blocks["BLOCK_V"], is_tma),
+            block_source(weight, dh_blocks["BLOCK_V"], dh_blocks["BLOCK_H"], is_tma),
             *(lists.rows, lists.chunk_start, lists.row_offset, lists.wave_tile, scale),
             *(grad_hidden, wave, num_pairs, row_blocks, range_blocks, num_entries, hidden_size),
             weight.stride(0),
-            **config.dh,
+            **dh_blocks,
             **flags,
         )
 

@@ -17,6 +17,7 @@ if not HAS_KERNELS:
     pytest.skip("needs triton and CUDA or its interpreter", allow_module_level=True)
 
 from flowrl.kernels.linear_logprob import gpu, gpu_backward, linear_logprob, reference
+from flowrl.kernels.linear_logprob.gpu_blocks import NAMES, TABLE, device_kind, launch_options
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = torch.ops.flowrl
@@ -258,18 +259,96 @@ def test_compile():
         assert torch.equal(grad, expected)
 
 
+# NVIDIA's table: KiB of shared memory that a block may have.
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_configs_fit_the_shared_memory_of_each_architecture(dtype):
-    """Stages of operands in KiB against what a block may have, per NVIDIA's table for each."""
-    limits = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
-    for capability, limit in limits.items():
-        for is_tma in {False, capability[0] >= 9 and dtype != torch.float32}:
-            config = gpu.forward_config(capability, dtype, is_tma)
-            rows = config["BLOCK_T"] + config["BLOCK_V"]
-            num_bytes = rows * config["BLOCK_H"] * dtype.itemsize * config["num_stages"]
-            assert num_bytes / 1024 < limit
-    with pytest.raises(ValueError, match="7.5"):
-        gpu.forward_config((7, 5), dtype, False)
+@pytest.mark.parametrize("capability", SHARED_KIB, ids=str)
+def test_blocks_fit_the_shared_memory(capability, dtype):
+    """The stages of both operands of the products."""
+    for is_tma in {False, capability[0] >= 9 and dtype != torch.float32}:
+        kind = device_kind(capability, dtype, is_tma)
+        for name in NAMES:
+            if name.startswith("pair"):
+                continue
+            rows, columns, depth, _, _, num_stages = launch_options(TABLE, name, kind).values()
+            num_bytes = (rows + columns) * depth * dtype.itemsize * num_stages
+            assert num_bytes / 1024 < SHARED_KIB[capability]
+
+
+def test_every_kernel_has_blocks_for_every_kind_of_device():
+    kinds = {
+        device_kind(capability, dtype, is_tma)
+        for capability in [(8, 7), *SHARED_KIB]
+        for dtype in (torch.bfloat16, torch.float32)
+        for is_tma in (False, capability[0] in (9, 10) and dtype != torch.float32)
+    }
+    assert len(kinds) == 7
+    assert {name: set(TABLE[name]) for name in NAMES} == dict.fromkeys(NAMES, kinds)
+    with pytest.raises(ValueError, match=r"this device has 7\.5"):
+        device_kind((7, 5), torch.float16, False)
+
+
+# T V above 2^31, and the same on a size that the interpreter manages.
+SAMPLED = [
+    pytest.param((40, 24, 2600), id="small"),
+    pytest.param(
+        *((32768, 896, 152064),),
+        id="large",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("shape", SAMPLED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sampled_rows_and_entries_match_float64(shape, dtype):
+    """Rows and vocabulary entries from the first to the last, exact and with mass left out."""
+    (num_rows, hidden_size, vocab_size), temperature = shape, 0.7
+    with torch.device(DEVICE):
+        hidden = torch.randn(num_rows, hidden_size).to(dtype)
+        weight = (torch.randn(vocab_size, hidden_size) * 8 / hidden_size**0.5).to(dtype)
+        target = torch.randint(vocab_size, (num_rows,))
+        grad = torch.randn(num_rows)
+        rows = torch.linspace(0, num_rows - 1, 32).long()
+        entries = torch.linspace(0, vocab_size - 1, 64).long()
+        dropped = torch.full((num_rows,), torch.nan)
+    call = (hidden, weight, target, 0, temperature)
+    lse, target_logit, mean_logit, tile_lse = FORWARD(*call, IGNORE, True)
+    wide = weight.double()
+    logits = hidden[rows].double() @ wide.t() / temperature
+    logprobs = logits.log_softmax(1)
+    chosen = logprobs.gather(1, target[rows, None]).squeeze(1)
+    torch.testing.assert_close((target_logit - lse)[rows].double(), chosen, atol=1e-4, rtol=0)
+    mean = (logprobs.exp() * logits).sum(1)
+    torch.testing.assert_close(mean_logit[rows].double(), mean, atol=2e-4, rtol=0)
+
+    one_hot = torch.zeros_like(logprobs).scatter_(1, target[rows, None], 1)
+    by_rows = (grad[rows, None] * (one_hot - logprobs.exp())) @ wide / temperature
+    chosen_logits = hidden.double() @ wide[entries].t() / temperature
+    is_target = target[:, None] == entries
+    d = grad[:, None] * (is_target.double() - (chosen_logits - lse[:, None].double()).exp())
+    by_entries = d.t() @ hidden.double() / temperature
+
+    sums = (lse, mean_logit, tile_lse, grad, None)
+    logprob = (target_logit - lse).clamp(max=0)
+    grad_hidden, grad_weight = BACKWARD(*call, *sums, 0.0, logprob)
+    assert relative_error(grad_hidden[rows], by_rows) < GRAD_TOLERANCES[dtype]
+    assert relative_error(grad_weight[entries], by_entries) < GRAD_TOLERANCES[dtype]
+
+    grad_hidden, grad_weight = BACKWARD(*call, *sums, 2**-9, logprob, IGNORE, dropped)
+    assert 0 < dropped.max() <= 2**-9  # 0: the exact kernels did the work
+    bound = grad[rows].abs() * dropped[rows] * wide.norm(dim=1).max() / temperature
+    error = (grad_hidden[rows].double() - by_rows).norm(dim=1)
+    assert (error <= bound + GRAD_TOLERANCES[dtype] * by_rows.norm(dim=1)).all()
+    # An entry misses what rows left out of its tile, each at most g times the mass it left out.
+    lost = (grad.abs() * dropped).double() @ hidden.double().norm(dim=1) / temperature
+    error = (grad_weight[entries].double() - by_entries).norm(dim=1)
+    assert (error <= lost + GRAD_TOLERANCES[dtype] * by_entries.norm()).all()
 
 
 def test_without_triton_the_remedy_is_named():
