@@ -106,7 +106,7 @@ class RolloutConfig(Section):
     request_timeout_s: PositiveFloat = Field(600.0, description="servers: limit per request")
     max_retries: NonNegativeInt = Field(2, description="servers: further tries of a request")
     weight_transfer: Literal["disk", "nccl"] = Field(
-        "disk", description="servers: how they receive weights"
+        "disk", description="servers: receive weights by a folder, or over the network"
     )
     weight_dir: str | None = Field(
         None, description="servers: folder that they and the trainer see; unset: a temporary one"
@@ -458,6 +458,11 @@ class Config(Section):
             value = getattr(rollout, key)
             if value != RolloutConfig.model_fields[key].default:
                 raise ValueError(f"rollout.{key} = {value} has no effect here; it needs {needed}")
+        if rollout.weight_transfer == "nccl" and rollout.weight_dir is not None:
+            raise ValueError(
+                f"rollout.weight_dir = {rollout.weight_dir} has no effect with "
+                "rollout.weight_transfer = nccl, which needs no folder: leave it out, or use disk"
+            )
 
     @property
     def run_dir(self) -> Path:

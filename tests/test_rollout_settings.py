@@ -20,6 +20,11 @@ SERVERS = "rollout.servers=['http://a:1']"
         ([SERVERS], r"rollout.servers = \['http://a:1'\].*needs rollout.engine=vllm$"),
         ([VLLM, "rollout.tensor_model_parallel_size=2"], r"parallel_size = 2.*rollout.servers$"),
         ([VLLM, "rollout.weight_dir=/x"], r"weight_dir = /x.*rollout.servers$"),
+        ([VLLM, "rollout.weight_transfer=nccl"], r"weight_transfer = nccl.*rollout.servers$"),
+        (
+            [VLLM, SERVERS, "rollout.weight_transfer=nccl", "rollout.weight_dir=/x"],
+            r"weight_dir = /x has no effect with rollout.weight_transfer = nccl.*use disk$",
+        ),
         ([VLLM, "rollout.max_retries=0"], r"max_retries = 0.*rollout.servers$"),
         ([VLLM, SERVERS, "rollout.free_cache_engine=true"], r"free_cache_engine = True.*process"),
         (
@@ -41,8 +46,9 @@ def test_settings_without_effect_are_refused(overrides: list[str], message: str)
     [
         [VLLM, "rollout.max_model_len=2048", "rollout.free_cache_engine=true"],
         [VLLM, SERVERS, "rollout.weight_dir=/x", "rollout.tensor_model_parallel_size=2"],
+        [VLLM, SERVERS, "rollout.weight_transfer=nccl"],
     ],
-    ids=["in process", "servers"],
+    ids=["in process", "servers", "servers over the network"],
 )
 def test_settings_with_effect_are_taken(overrides: list[str]) -> None:
     assert load_config(None, [*REQUIRED, *overrides]).rollout.engine == "vllm"

@@ -21,6 +21,7 @@ from flowrl.rollout.dispatch import BadAnswer, Server, ServerLost
 from flowrl.rollout.serve import server_command
 from flowrl.rollout.vllm_client import Request, ServedModel, VllmClient
 from flowrl.rollout.vllm_server import OTHER_FILES, allow_connections
+from flowrl.rollout.weight_broadcast import HostCopy
 
 LABEL = "run-1-version-7"
 PARAMS = SamplingParams(n=2, max_tokens=3)
@@ -87,7 +88,7 @@ def ask(url: str, timeout_s: float = 5.0) -> list[Response]:
     async def run() -> list[Response]:
         async with aiohttp.ClientSession() as session:
             model = ServedModel("", {}, 8)
-            client = VllmClient(session, model, timeout_s, Path(LABEL), version=7)
+            client = VllmClient(session, model, timeout_s, LABEL, 7, Path(LABEL))
             request = Request([3, 4], [11, 12], PARAMS, [2])
             return await client.generate(Server(url), request)
 
@@ -208,13 +209,13 @@ def test_refused_port_silence_and_hanging_up_lose_the_server() -> None:
 # What a start refuses, or makes possible
 
 
-def describe(url: str) -> str:
+def describe(url: str, weights: Path | HostCopy = Path(LABEL)) -> str:
     """What is wrong with a server's model."""
 
     async def run() -> str:
         async with aiohttp.ClientSession() as session:
             model = ServedModel("LlamaForCausalLM", {"a": torch.Size([2])}, 8)
-            client = VllmClient(session, model, 5.0, Path(LABEL), version=7)
+            client = VllmClient(session, model, 5.0, LABEL, 7, weights)
             return await client.wrong_model(Server(url))
 
     return asyncio.run(run())
@@ -226,6 +227,7 @@ DESCRIBED = {
     "shapes": {"a": [2]},
     "max_model_len": 8,
     "logprobs_mode": "processed_logprobs",
+    "weight_transfer": "disk",
 }
 
 
@@ -244,6 +246,17 @@ def test_description_of_a_server_is_compared(changes: dict, problem: str) -> Non
     results = json.dumps({"results": [{**DESCRIBED, **changes}]}).encode()
     with http_server(lambda handler, _: send(handler, results)) as url:
         assert problem in describe(url) and bool(problem) == bool(describe(url))
+
+
+@pytest.mark.parametrize("transfer", ["disk", "gloo", "nccl"])
+def test_server_must_receive_as_the_trainer_sends_or_read_files(transfer: str) -> None:
+    results = json.dumps({"results": [{**DESCRIBED, "weight_transfer": transfer}]}).encode()
+    weights = HostCopy({"a": torch.Size([2])}, torch.float32, torch.device("cpu"))
+    with http_server(lambda handler, _: send(handler, results)) as url:
+        assert describe(url) == ""
+        problem = describe(url, weights)
+    expected = f"takes weights by {transfer}, and the trainer sends them by gloo; start it with"
+    assert problem == "" if transfer == "gloo" else problem.startswith(expected)
 
 
 @pytest.mark.parametrize("status", [404, 500])
@@ -280,3 +293,8 @@ def test_serve_passes_the_runs_settings_on() -> None:
     assert "--no-enable-prefix-caching" in command and "--enforce-eager" not in command
     assert command[-2:] == ["--seed", "5"]
     assert "--enforce-eager" in server_command(config, "/m", "h", 1, [], is_cpu=True)
+    assert "--weight-transfer-config" not in command
+    over_network = load_config(None, [*overrides, "rollout.weight_transfer=nccl"])
+    command = server_command(over_network, "/m", "h", 1, [], is_cpu=True)
+    place = command.index("--weight-transfer-config")
+    assert command[place + 1] == '{"backend": "flowrl"}'

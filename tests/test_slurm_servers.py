@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "examples" / "slurm"
 
@@ -24,7 +26,17 @@ def wait_until(is_true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_job_divides_its_nodes_between_servers_and_trainers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variables", "setting"),
+    [
+        ({"WEIGHT_DIR": "/shared"}, "rollout.weight_dir=/shared"),
+        ({"WEIGHT_TRANSFER": "nccl"}, "rollout.weight_transfer=nccl"),
+    ],
+    ids=["folder", "network"],
+)
+def test_job_divides_its_nodes_between_servers_and_trainers(
+    tmp_path: Path, variables: dict[str, str], setting: str
+) -> None:
     calls, ended = tmp_path / "calls", tmp_path / "ended"
     write_commands(
         tmp_path,
@@ -48,7 +60,7 @@ def test_job_divides_its_nodes_between_servers_and_trainers(tmp_path: Path) -> N
         "SLURM_GPUS_ON_NODE": "4",
         "ROLLOUT_NODES": "2",
         "GPUS_PER_SERVER": "2",
-        "WEIGHT_DIR": "/shared",
+        **variables,
     }
     command = ["bash", SLURM / "flowrl.sbatch", "config.yaml", "flow.beta=5"]
     assert subprocess.run(command, env=environment, timeout=30).returncode == 0
@@ -57,7 +69,7 @@ def test_job_divides_its_nodes_between_servers_and_trainers(tmp_path: Path) -> N
     settings = (
         "config.yaml flow.beta=5 rollout.engine=vllm "
         "rollout.servers=[http://a:8000,http://a:8001,http://b:8000,http://b:8001] "
-        "rollout.weight_dir=/shared rollout.tensor_model_parallel_size=2 "
+        f"{setting} rollout.tensor_model_parallel_size=2 "
         "rollout.gpu_memory_utilization=0.9"
     )
     step = "--nodes=2 --nodelist=a,b --ntasks-per-node=1 examples/slurm/serve.sh"

@@ -1,5 +1,6 @@
 """`flowrl serve`: a vLLM server with what a run needs of it, from the run's own configuration."""
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ import torch
 
 from flowrl.config import cache_dir, kept_environment
 from flowrl.policy.pretrained import resolve_model_path
+from flowrl.rollout.weight_broadcast import ENGINE_NAME
 from flowrl.settings import Config
 
 EXTENSION = "flowrl.rollout.vllm_worker.PublishedWeights"
@@ -35,6 +37,8 @@ def server_command(
     command += ["--logprobs-mode", "processed_logprobs"]
     command += ["--enable-scale-out", "--worker-extension-cls", EXTENSION]
     command += ["--disable-uvicorn-access-log"]  # a line per response
+    if rollout.weight_transfer == "nccl":
+        command += ["--weight-transfer-config", json.dumps({"backend": ENGINE_NAME})]
     if not rollout.enable_prefix_caching:
         command.append("--no-enable-prefix-caching")
     if rollout.enforce_eager or is_cpu:

@@ -1,16 +1,18 @@
 """The HTTP conversation with one vLLM server: describe, publish, sample, watch.
 
 Endpoints of vLLM 0.32: those under /inference need --enable-scale-out; /pause, /resume,
-/collective_rpc, /reset_prefix_cache and /update_weight_version need VLLM_SERVER_DEV_MODE=1.
+/collective_rpc, /reset_prefix_cache, /update_weight_version and those that broadcast weights need
+VLLM_SERVER_DEV_MODE=1.
 """
 
 import asyncio
 import json
 import math
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import torch
@@ -18,6 +20,14 @@ import torch
 from flowrl.rollout import Response, SamplingParams
 from flowrl.rollout.dispatch import BadAnswer, Server, ServerLost, Service
 from flowrl.rollout.published_folder import difference
+from flowrl.rollout.weight_broadcast import (
+    Group,
+    HostCopy,
+    backend_of,
+    in_thread,
+    join,
+    meeting_place,
+)
 
 WATCH_EVERY_S = 5.0
 HEALTH_TIMEOUT_S = 30.0  # a server with hundreds of requests answers in well under a second
@@ -25,8 +35,17 @@ HEALTH_TIMEOUT_S = 30.0  # a server with hundreds of requests answers in well un
 ANSWER_BYTES, ANSWER_BYTES_PER_TOKEN = 64 << 20, 1024  # about 150 are used
 HALF_LOADED = "half loaded"
 # What PublishedWeights.describe_published_model gives.
-DESCRIPTION = {"model", "architecture", "shapes", "max_model_len", "logprobs_mode"}
+DESCRIPTION = {
+    "model",
+    "architecture",
+    "shapes",
+    "max_model_len",
+    "logprobs_mode",
+    "weight_transfer",
+}
 HOW_TO_SERVE = "start it with `flowrl serve`"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,8 +95,9 @@ class VllmClient:
     session: aiohttp.ClientSession
     model: ServedModel
     timeout_s: float
-    folder: Path  # of the publication; its name is the label that tokens must carry
+    label: str  # of the publication, which tokens must carry
     version: int
+    weights: Path | HostCopy  # of the publication: its folder, or the trainer's copy
 
     def service(self) -> Service[Request, list[Response]]:
         return Service(ask=self.generate, watch=self.watch, revive=self.publish)
@@ -95,7 +115,7 @@ class VllmClient:
         body, max_tokens = request.body(seed), request.params.max_tokens
         path = "/inference/v1/generate"
         answer = await self._ask(server, "POST", path, body, num_tokens=max_tokens)
-        return read_response(answer, max_tokens, self.folder.name, self.version)
+        return read_response(answer, max_tokens, self.label, self.version)
 
     async def watch(self, server: Server) -> None:
         """Ask for the server's health for as long as it answers."""
@@ -112,24 +132,78 @@ class VllmClient:
                 raise ServerLost(problem)
             await self._publish(server)
         except BadAnswer as error:
-            raise ServerLost(f"{error}, while it took {self.folder.name}") from error
+            raise ServerLost(f"{error}, while it took {self.label}") from error
         finally:
             server.is_returning = False
 
     async def _publish(self, server: Server) -> None:
+        weights = self.weights
+        if isinstance(weights, Path):
+            source, check = str(weights), ("check_published", str(weights))
+        elif weights.is_whole:
+            source, check = self.label, ("check_announced", weights.announcement())
+        else:
+            raise ServerLost("must wait: the trainer's weights are of two publications")
         await self._ask(server, "POST", "/pause?mode=abort")
-        checks = await self._call_workers(server, "check_published", str(self.folder))
+        checks = await self._call_workers(server, *check)
         if problems := [check for check in checks if check]:
             if await self._ask(server, "GET", "/weight_info") != {"weight_version": HALF_LOADED}:
                 await self._ask(server, "POST", "/resume")  # with the weights that it had
-            raise ServerLost(f"does not take {self.folder}: {problems[0]}")
+            raise ServerLost(f"does not take {source}: {problems[0]}")
         # A failure from here to the last label leaves it paused, with a label that none expects.
         await self._set_label(server, HALF_LOADED)
-        await self._call_workers(server, "load_published", str(self.folder))
+        if isinstance(weights, Path):
+            await self._call_workers(server, "load_published", str(weights))
+        else:
+            await self._broadcast(server, weights)
         if await self._ask(server, "POST", "/reset_prefix_cache") != {"success": True}:
             raise BadAnswer("keeps its cache of older weights")
-        await self._set_label(server, self.folder.name)
+        await self._set_label(server, self.label)
         await self._ask(server, "POST", "/resume")
+
+    async def _broadcast(self, server: Server, weights: HostCopy) -> None:
+        """Have a server's workers receive and load the weights, in a group of this call alone."""
+        answer = await self._ask(server, "GET", "/get_world_size")
+        size, device, timeout_s = 1 + answer["world_size"], weights.device, self.timeout_s
+        group: Group | None = None
+        try:
+            place, listener = meeting_place(device, server.url)
+            joining = in_thread(lambda: join(device, place, 0, size, timeout_s, listener))
+            init_info = {"place": place, "size": size, "timeout_s": timeout_s}
+            body = {"init_info": init_info}
+            group = await self._both(joining, server, "/init_weight_transfer_engine", body)
+            try:
+                await self._ask(server, "POST", "/start_weight_update")
+            except BadAnswer:  # an update was broken off: this ends it, and loads nothing
+                await self._ask(server, "POST", "/finish_weight_update")
+                await self._ask(server, "POST", "/start_weight_update")
+            sending = in_thread(lambda group=group: weights.send(group))
+            body = {"update_info": weights.announcement()}
+            await self._both(sending, server, "/update_weights", body)
+            await self._ask(server, "POST", "/finish_weight_update")
+            await self._ask(server, "POST", "/shutdown_weight_transfer_engine")
+        except (OSError, RuntimeError) as error:
+            raise ServerLost(f"weights do not reach it: {error}") from error
+        finally:
+            if group is not None:
+                in_thread(group.close)  # which may take its time
+
+    async def _both(self, ours: Future[T], server: Server, path: str, body: dict) -> T:
+        """Do a part of a broadcast on both sides; the first failure ends the wait for the other.
+
+        A thread that hangs in it is left behind.
+        """
+        asked = asyncio.ensure_future(self._ask(server, "POST", path, body))
+        own = asyncio.wrap_future(ours)
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                result, _ = await asyncio.gather(own, asked)
+            return result
+        except TimeoutError as error:
+            raise ServerLost(f"{path} did not end within {self.timeout_s:g} s") from error
+        finally:
+            asked.cancel()
+            own.cancel()
 
     async def _set_label(self, server: Server, label: str) -> None:
         await self._ask(server, "POST", "/update_weight_version", {"new_version": label})
@@ -150,6 +224,8 @@ class VllmClient:
             return f"serves another model: {problem}"
         if own["logprobs_mode"] != "processed_logprobs":
             return f"reports {own['logprobs_mode']} and not processed_logprobs; {HOW_TO_SERVE}"
+        if problem := self._wrong_transfer(own["weight_transfer"]):
+            return problem
         if own["max_model_len"] < needed.max_model_len:
             return (
                 f"admits {own['max_model_len']} tokens a sequence, and prompt and response may "
@@ -157,13 +233,23 @@ class VllmClient:
             )
         return ""
 
+    def _wrong_transfer(self, theirs: str) -> str:
+        """Why a server that takes weights this way cannot take ours; any takes them from disk."""
+        if isinstance(self.weights, Path) or theirs == backend_of(self.weights.device):
+            return ""
+        return (
+            f"takes weights by {theirs}, and the trainer sends them by "
+            f"{backend_of(self.weights.device)}; {HOW_TO_SERVE} and rollout.weight_transfer=nccl, "
+            "on a GPU if the trainer has one"
+        )
+
     async def _check_health(self, server: Server) -> None:
         try:
             await self._ask(server, "GET", "/health", timeout_s=HEALTH_TIMEOUT_S)
         except BadAnswer as error:
             raise ServerLost(str(error)) from error
 
-    async def _call_workers(self, server: Server, method: str, *arguments: str) -> list[Any]:
+    async def _call_workers(self, server: Server, method: str, *arguments: Any) -> list[Any]:
         """The results of a method of PublishedWeights, one per worker; raises BadAnswer."""
         body = {"method": method, "args": list(arguments)}
         answer = await self._ask(server, "POST", "/collective_rpc", body)

@@ -9,10 +9,11 @@ weights, because no weight is loaded under its own name.
 # vLLM is an extra.
 # pyright: reportMissingImports=false
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -23,19 +24,26 @@ def reload_weights(worker: Any, named_weights: Iterable[tuple[str, Tensor]]) -> 
 
     Whatever vLLM raises passes; until a call succeeds the weights may be of two versions.
     """
-    _forget_partial_load(worker.model_runner)
-    worker.reload_weights(weights_iterator=iter(named_weights))
-    for module in worker.model_runner.model.modules():
+    with whole_reload(worker.model_runner.model, worker.model_runner.model_config):
+        worker.reload_weights(weights_iterator=iter(named_weights))
+
+
+@contextmanager
+def whole_reload(model: nn.Module, model_config: Any) -> Iterator[None]:
+    """What must come before and after vLLM's own reload of a model."""
+    _forget_partial_load(model, model_config)
+    yield
+    for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)  # packs anew; else nothing
 
 
-def _forget_partial_load(runner: Any) -> None:
+def _forget_partial_load(model: nn.Module, model_config: Any) -> None:
     """Drop what an interrupted reload has buffered, and put the layers back as they were."""
-    infos = [get_layerwise_info(layer) for layer in runner.model.modules()]
+    infos = [get_layerwise_info(layer) for layer in model.modules()]
     if not any(info.can_load() for info in infos):  # the usual case: none was interrupted
         return
     for info in infos:
         info.loaded_weights.clear()
         info.load_numel = 0
-    finalize_layerwise_reload(runner.model, runner.model_config)
+    finalize_layerwise_reload(model, model_config)

@@ -2,16 +2,18 @@
 
 Each server runs `flowrl serve`, that is vLLM with flowrl.rollout.vllm_worker in its workers.
 
-Publication to one server: pause and abort; let every worker check the published folder; mark the
-weights as half loaded; load; mark them with the publication's label; resume. vLLM notes the label
-with every token that it samples, and a response is used only when all of its tokens carry the
-label that this engine published last. So neither a server that was restarted, nor one that took
-half of a publication, nor one that another run uses as well can slip in a response.
+Publication to one server: pause and abort; let every worker check what is published; mark the
+weights as half loaded; load; mark them with the publication's label; resume. Weights come from a
+folder, or from the trainer's memory over the network. vLLM notes the label with every token that
+it samples, and a response is used only when all of its tokens carry the label that this engine
+published last. So neither a server that was restarted, nor one that took half of a publication,
+nor one that another run uses as well can slip in a response.
 """
 
 import asyncio
 import logging
 import resource
+import secrets
 import shutil
 import tempfile
 import time
@@ -39,6 +41,7 @@ from flowrl.rollout.publication import refuse_experts
 from flowrl.rollout.published_folder import make_run_folder, write_publication
 from flowrl.rollout.requests import check_prompts, end_token_ids, request_seeds
 from flowrl.rollout.vllm_client import Request, ServedModel, VllmClient
+from flowrl.rollout.weight_broadcast import HostCopy, load_nccl, sending_device
 from flowrl.settings import RolloutConfig
 
 OTHER_FILES = 512  # that the trainer may have open
@@ -59,7 +62,8 @@ class VllmServerEngine:
         max_model_len: tokens that a server must admit in a sequence.
 
     Raises:
-        ValueError: when a server has another model or was not started for this.
+        ValueError: when a server has another model or was not started for this, or for
+            weight_transfer = nccl on a trainer with a GPU and without vLLM.
         RuntimeError: when one does not answer within settings.request_timeout_s.
     """
 
@@ -72,10 +76,6 @@ class VllmServerEngine:
         *,
         max_model_len: int,
     ) -> None:
-        if settings.weight_transfer != "disk":
-            raise ValueError(
-                f"rollout.weight_transfer = {settings.weight_transfer}: only disk is implemented"
-            )
         for url in settings.servers:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"rollout.servers has {url!r}; give http://host:port")
@@ -92,8 +92,11 @@ class VllmServerEngine:
         self.end_ids = end_token_ids(model_path, model.config, tokenizer)
         self.weight_version = -1
         self.num_published = 0
-        self.run_folder = make_run_folder(Path(settings.weight_dir or tempfile.gettempdir()))
-        self.folder = self.run_folder / "none"  # of the last publication
+        # The run's own random word, since servers may be shared by mistake.
+        self.word = secrets.token_hex(4)
+        self.label = "none"  # of the last publication, and its weights
+        self.run_folder: Path | None = None
+        self.weights = self._make_room()
         self.thread = ThreadPoolExecutor(1, "rollout")
         self.aside: asyncio.Runner | None = None  # what the thread runs
         with ExitStack() as stack:  # a start that is refused leaves no folder behind
@@ -101,6 +104,17 @@ class VllmServerEngine:
             self._run(self._meet_servers)
             self.publish(model.named_parameters(), version=0)
             stack.pop_all()
+
+    def _make_room(self) -> Path | HostCopy:
+        """For publications: this run's folder, or memory."""
+        if self.settings.weight_transfer == "disk":
+            weight_dir = Path(self.settings.weight_dir or tempfile.gettempdir())
+            self.run_folder = make_run_folder(weight_dir)
+            return self.run_folder / self.label
+        device = sending_device()
+        if device.type == "cuda":
+            load_nccl()
+        return HostCopy(self.model.shapes, self.dtype, device)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int
@@ -160,19 +174,24 @@ class VllmServerEngine:
         return sample
 
     def publish(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Write the weights to the shared folder, one at a time, and have every server load them.
+        """Write the weights to the shared folder, or into memory, and have every server load them.
 
-        A server that fails is out until it has taken them, which is tried again while others
-        sample. Raises ValueError for weights that are not the model's, OSError when the disk
-        refuses, and RuntimeError when no server took them within request_timeout_s.
+        One weight at a time is taken. A server that fails is out until it has taken them, which is
+        tried again while others sample. Raises ValueError for weights that are not the model's,
+        OSError when the disk refuses, and RuntimeError when no server took them within
+        request_timeout_s.
         """
         self.num_published += 1
-        # The run's own random word, since servers may be shared by mistake, and a count, since a
-        # version may be published twice.
-        label = f"{self.run_folder.name[-8:]}-{self.num_published}-version-{version}"
-        folder = self.run_folder / label
-        write_publication(folder, named_weights, self.model.shapes, self.dtype)
-        previous, self.folder, self.weight_version = self.folder, folder, version
+        # With a count, since a version may be published twice.
+        label = f"{self.word}-{self.num_published}-version-{version}"
+        previous = self.weights
+        if isinstance(previous, HostCopy):
+            previous.fill(named_weights)
+        else:
+            folder = previous.with_name(label)
+            write_publication(folder, named_weights, self.model.shapes, self.dtype)
+            self.weights = folder
+        self.label, self.weight_version = label, version
 
         async def send(client: VllmClient) -> None:
             # Those that are out already would cost every step the time in which they do not answer.
@@ -184,7 +203,8 @@ class VllmServerEngine:
             await revive_some(service, self.servers, self.settings.request_timeout_s)
 
         self._run(send)
-        shutil.rmtree(previous, ignore_errors=True)  # nobody is asked to load it any more
+        if isinstance(previous, Path):
+            shutil.rmtree(previous, ignore_errors=True)  # nobody is asked to load it any more
 
     def close(self) -> None:
         """Give up what is being sampled and remove the published weights; the servers go on."""
@@ -192,7 +212,8 @@ class VllmServerEngine:
             loop = self.aside.get_loop()
             loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
         self.thread.shutdown()
-        shutil.rmtree(self.run_folder, ignore_errors=True)
+        if self.run_folder is not None:
+            shutil.rmtree(self.run_folder, ignore_errors=True)
 
     async def _meet_servers(self, client: VllmClient) -> None:
         """Wait until every server has answered, and refuse one that is not for this run."""
@@ -220,10 +241,15 @@ class VllmServerEngine:
         # A connection a request: one that the server has just closed would look like its death.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(connector=connector) as session:
-            timeout_s = self.settings.request_timeout_s
-            return await use(
-                VllmClient(session, self.model, timeout_s, self.folder, self.weight_version)
+            client = VllmClient(
+                session,
+                self.model,
+                self.settings.request_timeout_s,
+                self.label,
+                self.weight_version,
+                self.weights,
             )
+            return await use(client)
 
 
 def allow_connections(count: int) -> None:

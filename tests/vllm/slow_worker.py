@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
 from flowrl.rollout.published_folder import read_publication
 from flowrl.rollout.vllm_reload import reload_weights
-from flowrl.rollout.vllm_worker import PublishedWeights
+from flowrl.rollout.vllm_worker import Announcement, BroadcastEngine, PublishedWeights
 
 HALF = 10  # of 20 tensors
 
@@ -22,6 +23,14 @@ HALF = 10  # of 20 tensors
 class SlowlyPublished(PublishedWeights):
     def load_published(self, folder: str) -> None:
         reload_weights(self, hindered(read_publication(Path(folder))))
+
+
+class SlowlyReceived(BroadcastEngine):
+    def received(self, update_info: Announcement) -> Iterator[tuple[str, Tensor]]:
+        return hindered(super().received(update_info))
+
+
+WeightTransferEngineFactory.register_engine("slow", SlowlyReceived)
 
 
 def hindered(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

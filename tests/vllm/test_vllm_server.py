@@ -222,6 +222,7 @@ def test_publication_is_sampled_from_at_once_and_replaces_its_folder(
         assert largest_error(model, PROMPTS, groups, params) < BOUND
         assert token_ids(groups) != token_ids(before)
         assert label_of(shared_server).endswith(f"-version-{version}")
+        assert engine.run_folder is not None
         assert [path.name for path in engine.run_folder.iterdir()] == [label_of(shared_server)]
 
 
@@ -243,7 +244,8 @@ def test_damaged_publication_leaves_the_server_as_it_was(
 ) -> None:
     label, params = label_of(shared_server), SamplingParams(n=2, max_tokens=6)
     before = engine.generate(PROMPTS, params, seed=0)
-    weights, manifest = engine.folder / WEIGHTS_FILE, engine.folder / MANIFEST_FILE
+    assert isinstance(engine.weights, Path)
+    weights, manifest = engine.weights / WEIGHTS_FILE, engine.weights / MANIFEST_FILE
     whole = weights.read_bytes(), manifest.read_text()
     name = "model.layers.1.mlp.up_proj.weight"
     shape = list(dict(served_model[1].named_parameters())[name].shape)
@@ -272,7 +274,7 @@ def test_damaged_publication_leaves_the_server_as_it_was(
         "half a file": "SafetensorError",
         "no folder": "FileNotFoundError",
     }
-    assert problem.startswith(f"does not take {engine.folder}: ") and expected[fault] in problem
+    assert problem.startswith(f"does not take {engine.weights}: ") and expected[fault] in problem
     assert label_of(shared_server) == label
     assert engine.generate(PROMPTS, params, seed=0) == before
 
@@ -281,6 +283,7 @@ def test_damaged_publication_leaves_the_server_as_it_was(
 def test_weights_of_another_model_are_refused_before_any_server_hears_of_them(
     engine: VllmServerEngine, served_model: Served, shared_server: ServerProcess, fault: str
 ) -> None:
+    assert engine.run_folder is not None
     label, folders = label_of(shared_server), list(engine.run_folder.iterdir())
     weights: dict[str, torch.Tensor] = dict(served_model[1].named_parameters())
     last = list(weights)[-1]

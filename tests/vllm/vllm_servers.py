@@ -41,11 +41,11 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *vllm_arguments: str) -> None:
+    def start(self, *vllm_arguments: str, settings: tuple[str, ...] = ()) -> None:
         """Start without waiting."""
         config = self.log.with_suffix(".yaml")
         config.write_text(f"model: {{path: {self.model}}}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "flowrl", "serve", str(config), *SETTINGS]
+        command = [sys.executable, "-m", "flowrl", "serve", str(config), *SETTINGS, *settings]
         command += ["--port", str(self.port), "--", *IN_ONE_PROCESS, *vllm_arguments]
         environment = {
             **os.environ,
