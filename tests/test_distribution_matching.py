@@ -180,6 +180,21 @@ def test_equal_success_is_interpolated_at_the_first_crossing() -> None:
     assert report.equal_success([high, low], "x")[0.9] is None  # a seed does not get there
 
 
+def test_differences_at_equal_success_are_taken_seed_by_seed() -> None:
+    def record(seed: int, end: float) -> dict:
+        return {
+            "seed": seed,
+            "curve": [{"success": 0.45, "x": 20.0}, {"success": 0.65, "x": end}],
+        }
+
+    own, rivals = [record(0, 16.0), record(1, 8.0)], [record(1, 4.0), record(0, 12.0)]
+    levels = report.equal_success(own, "x", rivals)
+    assert levels[0.5].mean == pytest.approx(1.0)  # a quarter of the way; 4 at its end
+    assert levels[0.5].half_width == pytest.approx(0.0)
+    assert levels[0.9] is None
+    assert report.Interval(1.0, 2.0, 2).text("+.1f") == "+1.0 +- 2.0"
+
+
 def test_t_interval_by_hand() -> None:
     # Standard deviation 1, so 4.303 / sqrt(3).
     assert report.t_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.4843, 3), rel=1e-4)

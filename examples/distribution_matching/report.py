@@ -21,6 +21,7 @@ Record = dict[str, Any]  # what one run has written
 TUNED_FOR = "distinct@16"
 TRAINING_IMAGE, ANSWERS_IMAGE = "distribution_training.png", "distribution_answers.png"
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9)
+RIVAL = "grpo"  # whose runs are subtracted, seed by seed
 COLUMNS = {
     "success": ("success", ".3f"),
     "effective_answers": ("effective right answers", ".1f"),
@@ -43,7 +44,7 @@ class Interval(NamedTuple):
     def text(self, form: str) -> str:
         if math.isnan(self.half_width):
             return f"{self.mean:{form}}"
-        return f"{self.mean:{form}} +- {self.half_width:{form}}"
+        return f"{self.mean:{form}} +- {self.half_width:{form.lstrip('+')}}"
 
 
 def t_interval(values: Sequence[float]) -> Interval:
@@ -83,14 +84,35 @@ def at_success(curve: Sequence[dict[str, float]], level: float, name: str) -> fl
     return None
 
 
-def equal_success(records: Sequence[Record], name: str) -> dict[float, Interval | None]:
-    """Per level the measure over the seeds; None where a seed does not reach the level."""
+def equal_success(
+    records: Sequence[Record], name: str, rivals: Sequence[Record] | None = None
+) -> dict[float, Interval | None]:
+    """Per level the measure over the seeds; None where a seed does not reach the level.
+
+    With `rivals` their measure is subtracted, seed by seed: a start policy that loses answers
+    sooner does so under any method, and that is most of the spread between seeds.
+    """
     levels: dict[float, Interval | None] = {}
     for level in LEVELS:
         values = [at_success(record["curve"], level, name) for record in records]
+        if rivals is not None:
+            of_seed = {record["seed"]: record["curve"] for record in rivals}
+            others = [at_success(of_seed[record["seed"]], level, name) for record in records]
+            values = [
+                None if one is None or other is None else one - other
+                for one, other in zip(values, others, strict=True)
+            ]
         reached = [value for value in values if value is not None]
         levels[level] = t_interval(reached) if len(reached) == len(values) else None
     return levels
+
+
+def level_texts(levels: dict[float, Interval | None]) -> dict[str, dict[str, float] | None]:
+    """The same as JSON takes it."""
+    return {
+        f"{level:g}": None if interval is None else interval._asdict()
+        for level, interval in levels.items()
+    }
 
 
 def mean_curve(records: Sequence[Record]) -> dict[str, list[float | None]]:
@@ -114,7 +136,7 @@ def intervals(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def summary(records: Sequence[Record], method: str) -> dict[str, Any]:
     """All that is reported of one method."""
-    own = of_method(records, method)
+    own, rivals = of_method(records, method), of_method(records, RIVAL)
     first, last = ([record["curve"][place] for record in own] for place in (0, -1))
     targets = [record["target"] for record in own]
     return {
@@ -125,10 +147,10 @@ def summary(records: Sequence[Record], method: str) -> dict[str, Any]:
         "at_start": intervals(first),
         "at_end": intervals(last),
         "held_out_at_end": intervals([record["held_out"] for record in own]),
-        "effective_answers_at_success": {
-            f"{level:g}": None if interval is None else interval._asdict()
-            for level, interval in equal_success(own, "effective_answers").items()
-        },
+        "effective_answers_at_success": level_texts(equal_success(own, "effective_answers")),
+        "minus_rival_at_success": level_texts(
+            equal_success(own, "effective_answers", rivals) if rivals else {}
+        ),
         "target": None if targets[0] is None else intervals(targets),
         "curve": mean_curve(own),
         "seeds": [{"seed": record["seed"], **record["curve"][-1]} for record in own],
@@ -170,12 +192,14 @@ def target_table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     return table
 
 
-def equal_success_table(results: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Effective right answers where success passes each level."""
+def equal_success_table(results: Sequence[dict[str, Any]], key: str, form: str) -> list[list[str]]:
+    """A measure where success passes each level."""
     table = [["method", *(f"at {level:.0%}" for level in LEVELS)]]
     for result in results:
-        intervals = result["effective_answers_at_success"].values()
-        cells = ["" if values is None else Interval(**values).text(".1f") for values in intervals]
+        cells = [
+            "" if values is None else Interval(**values).text(form)
+            for values in result[key].values()
+        ]
         table.append([result["label"], *cells])
     return table
 
@@ -217,8 +241,15 @@ def page(facts: dict[str, Any], tuning: Sequence[Record], images: str) -> str:
         "## Effective right answers at equal success",
         "Interpolated linearly in success between the measurements around its first crossing of "
         "the level; empty where a seed does not get there.",
-        markdown(equal_success_table(results)),
+        markdown(equal_success_table(results, "effective_answers_at_success", ".1f")),
     ]
+    others = [result for result in results if result["method"] != RIVAL]
+    if others and others[0]["minus_rival_at_success"]:
+        parts += [
+            f"The same minus {METHODS[RIVAL].label} from the same start policy, the mean of the "
+            "differences:",
+            markdown(equal_success_table(others, "minus_rival_at_success", "+.1f")),
+        ]
     if tuning:
         parts += [
             "## Learning rates",

@@ -278,7 +278,7 @@ def main(
     ),
     methods: Annotated[list[str], typer.Option("--method", help="default: all")] = list(METHODS),  # noqa: B006
     seeds: Annotated[int, typer.Option(help="reported seeds a method")] = 5,
-    tuning_seeds: Annotated[int, typer.Option(help="seeds a learning rate")] = 1,
+    tuning_seeds: Annotated[int, typer.Option(help="seeds a learning rate")] = 2,
     rates: Annotated[list[float], typer.Option("--rate", help="learning rates")] = list(RATES),  # noqa: B006
     steps: Annotated[int, typer.Option(help="training steps")] = 200,
     processes: Annotated[int, typer.Option(help="runs at a time, one thread each")] = 2,
