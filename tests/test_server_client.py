@@ -290,6 +290,7 @@ def test_serve_passes_the_runs_settings_on() -> None:
     assert pairs["--model"] == "/m" and pairs["--port"] == "81" and pairs["--dtype"] == "bfloat16"
     assert pairs["--max-model-len"] == "128" and pairs["--tensor-parallel-size"] == "4"
     assert pairs["--logprobs-mode"] == "processed_logprobs"
+    assert pairs["--hf-overrides"] == '{"head_dtype": "float32"}'
     assert "--no-enable-prefix-caching" in command and "--enforce-eager" not in command
     assert command[-2:] == ["--seed", "5"]
     assert "--enforce-eager" in server_command(config, "/m", "h", 1, [], is_cpu=True)

@@ -8,6 +8,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.rollout import SamplingParams
 
+# vLLM's head rounds logits to bfloat16, one of 20 by up to 0.06; the trainer does not round them.
+# On a GPU the product is summed into float32; a CPU copies the weight each time.
+CONFIG_OVERRIDES = {"head_dtype": "float32"}
+
 
 def request_seeds(seed: int, num_requests: int) -> list[int]:
     """One seed below 2**63 for every request, in order; they depend on nothing else."""

@@ -25,7 +25,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from flowrl.config import kept_environment
 from flowrl.rollout import Response, SamplingParams
 from flowrl.rollout.publication import checked, expected_weights, refuse_experts
-from flowrl.rollout.requests import check_prompts, end_token_ids, request_seeds
+from flowrl.rollout.requests import (
+    CONFIG_OVERRIDES,
+    check_prompts,
+    end_token_ids,
+    request_seeds,
+)
 from flowrl.settings import RolloutConfig
 
 logger = logging.getLogger(__name__)
@@ -128,6 +133,7 @@ class VllmEngine:
                     dtype=dtype,  # pyright: ignore[reportArgumentType]
                     generation_config="vllm",  # the model's own defaults would change sampling
                     logprobs_mode="processed_logprobs",
+                    hf_overrides=CONFIG_OVERRIDES,
                     max_model_len=max_model_len,
                     max_num_seqs=settings.max_num_seqs,
                     gpu_memory_utilization=settings.gpu_memory_utilization,

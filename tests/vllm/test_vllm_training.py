@@ -135,3 +135,14 @@ def test_without_vllm_the_error_names_the_remedy(
     monkeypatch.setitem(sys.modules, "vllm", None)  # what Python takes for not installed
     message = refused("train", config_file(tmp_path / "run.yaml", tiny_sums, tmp_path, *VLLM))
     assert "rollout.engine = vllm needs vLLM" in message and "make vllm" in message
+
+
+def test_head_of_a_bfloat16_model_rounds_no_logits(tiny_sums: Path) -> None:
+    """Log-probs to one prompt differ as the logits do, rounded ones by multiples of 2^-10."""
+    params = SamplingParams(n=64, temperature=1.0, max_tokens=1)
+    with vllm_engine(tiny_sums, dtype="bfloat16") as engine:
+        (responses,) = engine.generate([[1, 7, 11]], params, seed=3)
+    logprobs = torch.tensor(sorted({response.logprobs[0] for response in responses}))
+    steps = (logprobs.double() - logprobs[-1].double()) * 2**10
+    assert len(logprobs) >= 4
+    assert (steps - steps.round()).abs().max() > 0.05
