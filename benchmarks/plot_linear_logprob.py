@@ -1,7 +1,8 @@
 """Draw what bench_linear_logprob.py has written: time and memory against T, time against entropy.
 
     cd benchmarks/results
-    python ../plot_linear_logprob.py linear_logprob_cpu_rows.json linear_logprob_cpu_entropy.json
+    python ../plot_linear_logprob.py linear_logprob_cpu_rows_bfloat16.json \
+        linear_logprob_cpu_entropy_bfloat16.json
 
 The results are of one device and one dtype. Time is that of forward and backward. Against T the
 logits are Gaussian, the worst case of `drop_mass`; against entropy each of its points names the
