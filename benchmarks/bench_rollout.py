@@ -86,9 +86,11 @@ def main(
         path, tokenizer, config.rollout, dtype=dtype, max_model_len=len(prompts[0]) + max_tokens + 8
     )
     engines = {"transformers": TransformersEngine(trained, tokenizer, max(sizes)), "vllm": vllm}
-    for engine in engines.values():
+    agreements = {}
+    for name, engine in engines.items():
         found = agreement(engine, policy, prompts, temperature=1.0, max_tokens=max_tokens)
         check_agreement(found, dtype, version=0)
+        agreements[name] = vars(found)
     results = []
     for size in sizes:
         rounds = [
@@ -129,6 +131,10 @@ def main(
         )
     console = Console()
     console.print(table)
+    for name, found in agreements.items():
+        console.print(
+            f"{name}: |log-prob - policy's| {found['mean']:.3g}, {found['max']:.3g} at most"
+        )
     console.print(
         f"publication to vLLM {statistics.median(publications):.2f} s; {facts['device']}, "
         f"{facts['threads']} threads, load {facts['load_average']:.1f}, commit "
@@ -136,7 +142,12 @@ def main(
     )
     if json_path is not None:
         facts |= {"model": model, "dtype": dtype, "max_tokens": max_tokens}
-        content = {"environment": facts, "results": results, "publication_s": publications}
+        content = {
+            "environment": facts,
+            "agreement": agreements,
+            "results": results,
+            "publication_s": publications,
+        }
         json_path.write_text(json.dumps(content, indent=1))
 
 
