@@ -33,9 +33,9 @@ def whole_reload(model: nn.Module, model_config: Any) -> Iterator[None]:
     """What must come before and after vLLM's own reload of a model."""
     _forget_partial_load(model, model_config)
     yield
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)  # packs anew; else nothing
+    heads: list[Any] = [m for m in model.modules() if isinstance(m, ParallelLMHead)]
+    for head in heads:
+        head.quant_method.process_weights_after_loading(head)  # packs anew; else nothing
 
 
 def _forget_partial_load(model: nn.Module, model_config: Any) -> None:

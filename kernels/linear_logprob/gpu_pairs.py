@@ -290,7 +290,8 @@ def pair_backward(
         _run_waves(
             *(hidden, weight_shard, target.contiguous(), vocab_start, 1 / temperature),
             *(lse.contiguous(), unit_grad, scale, lists, pairs, grad_hidden),
-            *(grad_weight if weight_grad is None else weight_grad, needs_grad_weight),
+            grad_weight if weight_grad is None else weight_grad,
+            needs_grad_weight or weight_grad is not None,
             *(weight_grad is not None, is_tma),
             *(launch_options(table, name, kind) for name in ("pair_p", "pair_dw", "pair_dh")),
         )

@@ -324,6 +324,9 @@ def test_weight_gradient_where_it_is_wanted(nan_filled_empty):
     added = case.run(weight_grad=buffer)
     assert added[1].shape == (0, 16) and torch.equal(added[0], grad_hidden)
     torch.testing.assert_close(buffer.cpu(), start + grad_weight, rtol=0, atol=1e-6)
+    buffer = start.clone().to(DEVICE)
+    case.run(weight_grad=buffer, needs_grad_weight=False)  # of a frozen weight, and yet wanted
+    torch.testing.assert_close(buffer.cpu(), start + grad_weight, rtol=0, atol=1e-6)
     none = case.run(needs_grad_weight=False, dropped_mass=None)
     assert none[1].shape == (0, 16) and torch.equal(none[0], grad_hidden)
     narrow = case.run(grad_weight_dtype=torch.bfloat16)
