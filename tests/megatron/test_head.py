@@ -116,13 +116,11 @@ def run(case: Case) -> dict[str, Tensor]:
 
 
 def whole(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """The same by linear_logprob in one process, by default in float64."""
+    """The same by linear_logprob in one process, by default in float64, which the reference runs."""
     hidden = case.hidden.to(dtype).requires_grad_()
     weight = case.weight.to(dtype).requires_grad_()
     has_entropy = case.grad_entropy is not None
-    logprob, entropy = linear_logprob(
-        hidden, weight, case.target, TEMPERATURE, entropy=has_entropy, implementation="reference"
-    )
+    logprob, entropy = linear_logprob(hidden, weight, case.target, TEMPERATURE, entropy=has_entropy)
     outputs, grads = [logprob], [case.grad_logprob.to(logprob.dtype)]
     if entropy is not None and case.grad_entropy is not None:
         outputs, grads = [logprob, entropy], [*grads, case.grad_entropy.to(logprob.dtype)]
@@ -179,8 +177,15 @@ def test_main_grad_is_added_to_and_autograd_gets_zeros(dtype: torch.dtype) -> No
     actual, truth = run(case), whole(case)
     assert actual["grad_weight"].shape == case.weight.shape
     assert actual["grad_weight"].abs().max() == 0
-    # Rounded to bfloat16 nowhere: the operands' products are exact, their sums float32.
-    assert error(actual["main_grad"] - 1, truth["grad_weight"]) < 1e-6
+    # One process loses 1e-7, or 2e-3 where processors with AVX512-BF16 round a logit's gradient.
+    buffer = torch.ones_like(case.weight, dtype=torch.float32)
+    logprob, _ = linear_logprob(
+        case.hidden.requires_grad_(), case.weight, case.target, TEMPERATURE, weight_grad=buffer
+    )
+    logprob.backward(case.grad_logprob)
+    alone = error(buffer - 1, truth["grad_weight"])
+    assert alone < (2**-9 if dtype == torch.bfloat16 else 1e-6)
+    assert error(actual["main_grad"] - 1, truth["grad_weight"]) <= 1.05 * alone + 1e-6
 
 
 @pytest.mark.parametrize("has_entropy_grad", [False, True], ids=["sparse", "exact"])
