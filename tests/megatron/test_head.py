@@ -116,7 +116,7 @@ def run(case: Case) -> dict[str, Tensor]:
 
 
 def whole(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """The same by linear_logprob in one process, by default in float64, which the reference runs."""
+    """The same by linear_logprob in one process, by default by the reference, in float64."""
     hidden = case.hidden.to(dtype).requires_grad_()
     weight = case.weight.to(dtype).requires_grad_()
     has_entropy = case.grad_entropy is not None
