@@ -24,19 +24,6 @@ def expected_weights(
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def refuse_experts(names: Iterable[str]) -> None:
-    """Raise ValueError for a mixture of experts, which vLLM takes by other names than are trained.
-
-    A layer's experts are one tensor here, and vLLM loads them one by one.
-    """
-    for name in names:
-        if ".experts." in name:
-            raise ValueError(
-                f"rollout.engine = vllm does not take the weights of experts ({name}) yet; use "
-                "rollout.engine=transformers"
-            )
-
-
 def checked(
     named_weights: Iterable[tuple[str, Tensor]], expected: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, Tensor]]:

@@ -24,7 +24,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.config import kept_environment
 from flowrl.rollout import Response, SamplingParams
-from flowrl.rollout.publication import checked, expected_weights, refuse_experts
+from flowrl.rollout.publication import checked, expected_weights
 from flowrl.rollout.requests import (
     CONFIG_OVERRIDES,
     check_prompts,
@@ -106,7 +106,6 @@ class VllmEngine:
         self.max_model_len = max_model_len
         self.weight_version = 0
         self._expected = expected_weights(hf_config, trust_remote_code)
-        refuse_experts(self._expected)
         self._end_ids = end_token_ids(model_path, hf_config, tokenizer)
         self._frees_memory = settings.free_cache_engine
         self._is_asleep = False

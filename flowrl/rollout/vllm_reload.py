@@ -2,8 +2,9 @@
 
 vLLM 0.32 buffers a layer's weights until all its elements have come, by their count. What an
 attempt that failed has buffered counts as well, so the next one would silently build a layer of
-two versions. And on a CPU a head that is tied to the embedding keeps a packed copy of its old
-weights, because no weight is loaded under its own name.
+two versions. And on a CPU two kinds of layers compute from packed weights that its reload does not
+pack: a head that is tied to the embedding, for no weight is loaded under its own name, keeps the
+old ones, and experts get the new ones as they came.
 """
 
 # vLLM is an extra.
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -32,6 +34,11 @@ def reload_weights(worker: Any, named_weights: Iterable[tuple[str, Tensor]]) -> 
 def whole_reload(model: nn.Module, model_config: Any) -> Iterator[None]:
     """What must come before and after vLLM's own reload of a model."""
     _forget_partial_load(model, model_config)
+    for layer in model.modules():
+        method: Any = getattr(layer, "quant_method", None)
+        kernel = getattr(method, "moe_kernel", None)
+        if kernel is not None and isinstance(kernel.fused_experts, CPUUnquantizedExperts):
+            method.moe_kernel = None  # as at the first load, the only time that experts are packed
     yield
     heads: list[Any] = [m for m in model.modules() if isinstance(m, ParallelLMHead)]
     for head in heads:

@@ -37,7 +37,6 @@ from flowrl.rollout.dispatch import (
     revive_some,
     try_to_revive,
 )
-from flowrl.rollout.publication import refuse_experts
 from flowrl.rollout.published_folder import make_run_folder, write_publication
 from flowrl.rollout.requests import check_prompts, end_token_ids, request_seeds
 from flowrl.rollout.vllm_client import Request, ServedModel, VllmClient
@@ -87,7 +86,6 @@ class VllmServerEngine:
             shapes={name: weight.shape for name, weight in model.named_parameters()},
             max_model_len=max_model_len,
         )
-        refuse_experts(self.model.shapes)
         self.dtype = model.dtype
         self.end_ids = end_token_ids(model_path, model.config, tokenizer)
         self.weight_version = -1

@@ -6,13 +6,11 @@ import pytest
 import torch
 from tiny_model import CONFIGS, random_model
 from torch import Tensor
-from transformers import Qwen3MoeConfig
 
 from flowrl.rollout.publication import (
     checked,
     checksum,
     expected_weights,
-    refuse_experts,
     tensor_checksum,
 )
 
@@ -30,22 +28,6 @@ def test_expected_weights_are_those_of_the_policy(kind: str, tied: bool) -> None
     weights = dict(weights_of(kind, tied))
     assert expected == {name: weight.shape for name, weight in weights.items()}
     assert ("lm_head.weight" in expected) is not tied
-
-
-def test_experts_are_refused_by_name() -> None:
-    sizes = {
-        "hidden_size": 16,
-        "moe_intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "vocab_size": 32,
-    }
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    config = Qwen3MoeConfig(**sizes, **heads, num_experts=4, num_experts_per_tok=2)
-    with pytest.raises(
-        ValueError, match=r"layers\.0\.mlp\.experts.* use rollout.engine=transformers"
-    ):
-        refuse_experts(expected_weights(config))
-    refuse_experts(expected_weights(random_model("llama").config))
 
 
 def test_weights_pass_as_they_come_in_any_order() -> None:

@@ -23,7 +23,11 @@ need_vllm()
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 3], [4], [11, 12, 13]]
 PARAMS = SamplingParams(n=4, max_tokens=12)
-KINDS = {"llama tied": ("llama", True), "qwen2 untied": ("qwen2", False)}  # qwen2 has biases
+KINDS = {
+    "llama tied": ("llama", True),
+    "qwen2 untied": ("qwen2", False),  # with biases
+    "qwen3_moe": ("qwen3_moe", False),
+}
 
 
 class Published:
@@ -59,7 +63,10 @@ def published(
     folder = tmp_path_factory.mktemp("model")
     plain = write_model(folder, kind, tied=tied)
     exact = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager"
+        folder,
+        dtype=torch.float64,
+        attn_implementation="eager",
+        experts_implementation="eager",  # the default multiplies no float64
     )
     with vllm_engine(folder) as engine:
         yield Published(engine, exact.eval(), plain)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_model import CONFIGS, tiny_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3MoeConfig
 
 from flowrl.rollout import Response, SamplingParams
 from flowrl.rollout.vllm_engine import VllmEngine
@@ -62,7 +62,8 @@ def write_model(
     folder: Path, kind: str = "llama", *, tied: bool = True, vocab_size: int = 16
 ) -> PreTrainedModel:
     """An HF folder with two layers of width 128; heads of 32, vLLM's smallest on a CPU."""
-    config = CONFIGS[kind](
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    config = {**CONFIGS, "qwen3_moe": Qwen3MoeConfig}[kind](
         vocab_size=vocab_size,
         hidden_size=128,
         intermediate_size=96,
@@ -74,6 +75,7 @@ def write_model(
         bos_token_id=1,
         eos_token_id=2,
         tie_word_embeddings=tied,
+        **(experts if kind == "qwen3_moe" else {}),
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     set_weights(model, random_weights(model, seed=0))
