@@ -184,7 +184,8 @@ def report_text(summaries: Sequence[dict[str, Any]], facts: dict[str, Any], imag
         "",
         f"![reward over training and pass@k]({image})",
         "",
-        f"{made['device']}, {made['threads']} threads, torch {made['versions']['torch']}, commit "
+        f"{made['device']}, {made['threads']} threads (load average {made['load_average']:.1f}, "
+        f"which the run times are to be read with), torch {made['versions']['torch']}, commit "
         f"{made['commit'][:7]}, `{made['command']}`.",
         "",
     ]
