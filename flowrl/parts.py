@@ -21,6 +21,7 @@ from flowrl.objectives.flow_balance import PRESETS, FlowBalancePreset
 from flowrl.partition import PartitionNetwork, build_partition
 from flowrl.policy.critic import TorchCritic, build_value_head
 from flowrl.policy.optimizer import MasterAdamW, ParamGroup
+from flowrl.policy.packing_check import check_packing
 from flowrl.policy.pretrained import load_model, move, weights_fingerprint
 from flowrl.policy.torch_policy import TorchPolicy
 from flowrl.rewards import RewardPool, RewardScorer
@@ -156,8 +157,10 @@ class TorchParts:
         return state
 
     def close(self) -> None:
-        self.rewards.close()
-        self.engine.close()
+        try:
+            self.rewards.close()
+        finally:
+            self.engine.close()
 
 
 def check_fingerprint(
@@ -168,7 +171,7 @@ def check_fingerprint(
         raise ValueError(
             f"{checkpoint.path} was trained against a reference with fingerprint "
             f"{state['reference_fingerprint']}, but model.path = {model_path} has {fingerprint}; "
-            "restore the model or use another run directory"
+            "restore the model and model.dtype, or use another run directory"
         )
 
 
@@ -223,6 +226,7 @@ def build_torch(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -
         )
         reference = load_model(path, dtype, device, config.model.trust_remote_code)
         reference.requires_grad_(False).eval()
+        check_packing(reference, config.data.max_prompt_length + config.data.max_response_length)
         model = load_model(path, dtype, device, config.model.trust_remote_code)
         engine = build_engine(config, path, tokenizer, model)
         stack.callback(engine.close)

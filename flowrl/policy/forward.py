@@ -10,7 +10,12 @@ from flowrl.kernels.linear_logprob import linear_logprob
 from flowrl.policy.attention import plan_attention
 
 # Settings of transformers' configs by which some models scale or bend their logits.
-LOGIT_CHANGES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+LOGIT_CHANGES = (
+    "logit_scale",
+    "logits_scaling",
+    "final_logit_softcapping",
+    "lm_head_multiplier",
+)
 
 
 def output_weight(model: PreTrainedModel) -> torch.nn.Parameter:

@@ -101,6 +101,13 @@ def load_model(
         )
     except OSError as error:
         raise ValueError(f"model.path = {path}: {_one_line(error)}") from error
+    except KeyError as error:
+        if error.args != (PACKED_ATTENTION,):
+            raise
+        raise ValueError(
+            f"model.path = {path}: its attention layers take no other attention function, which "
+            "packed sequences need; use a model that transformers can run with flash_attention_2"
+        ) from error
     embedding = model.get_input_embeddings()
     if isinstance(embedding, torch.nn.Embedding):
         # It would drop the gradient of the padding token, which a policy may sample as any other.
