@@ -3,7 +3,7 @@
     run_dir/latest_checkpointed_iteration.txt   the step to resume from, as veRL writes it
     run_dir/checkpoints/global_step_N/
         hf/                           weights, configs and tokenizer for `from_pretrained`
-        training_state.safetensors    float32 masters, Adam moments, step counts, random states
+        training_state.safetensors    float32 masters, Adam moments, step counts
         state.json                    everything else a resumed run needs
 
 A checkpoint is written under a hidden name, flushed to the disk and renamed, so a folder named

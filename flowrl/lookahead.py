@@ -146,6 +146,12 @@ class Lookahead:
                     f"{batch.places!r:.80} of {len(self.prompts)}: take an earlier one"
                 )
             for group in batch.responses:
+                longest = max((len(r.token_ids) for r in group), default=0)
+                if longest > self.sampling.max_tokens:
+                    raise ValueError(
+                        f"the checkpoint has a response of {longest} tokens sampled ahead, beyond "
+                        f"data.max_response_length = {self.sampling.max_tokens}: raise it"
+                    )
                 if len(group) != self.sampling.n:
                     raise ValueError(
                         f"the checkpoint has responses sampled ahead, {len(group)} per prompt, and "

@@ -16,9 +16,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.background_save import BackgroundSave
 from flowrl.checkpoint import latest_checkpoint
-from flowrl.config import cache_dir, dump_config, is_megatron
+from flowrl.config import cache_dir, dump_config, is_main_process, is_megatron
 from flowrl.console import TrainingConsole
-from flowrl.files import write_whole
+from flowrl.files import only_writer, write_whole
 from flowrl.interface import Policy
 from flowrl.lookahead import Lookahead
 from flowrl.metrics import MetricsWriter, Timer
@@ -47,6 +47,7 @@ class Run:
     val_sampling: SamplingParams
     writer: MetricsWriter
     console: TrainingConsole
+    resources: ExitStack  # what leaving the run frees, last things first
     background: BackgroundSave | None = None  # None: the loop itself writes checkpoints
     save_timings: dict[str, float] = field(default_factory=dict)
     step: int = 0
@@ -88,8 +89,10 @@ class Run:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
-        self.parts.close()
-        self.writer.close()
+        with self.resources:
+            self._finish_background(error)
+
+    def _finish_background(self, error: BaseException | None) -> None:
         if self.background is None:
             return
         try:
@@ -203,6 +206,8 @@ def start(config: Config) -> Run:
         shuffle=config.data.shuffle,
     )
     with ExitStack() as stack:  # a start that is refused leaves no process behind
+        if is_main_process():
+            stack.enter_context(only_writer(config.run_dir))
         parts = build_parts(config, path, tokenizer)
         stack.callback(parts.close)
         checkpoint = (
@@ -225,7 +230,18 @@ def start(config: Config) -> Run:
         resume_step = None if checkpoint is None else checkpoint.step
         verify_engine(config, parts, train_prompts, resume_step or 0)
         loggers = config.trainer.logger if parts.is_main else []
-        run = Run(
+        writer = MetricsWriter(
+            config.run_dir,
+            [name for name in loggers if name != "console"],
+            project_name=config.trainer.project_name,
+            experiment_name=config.trainer.experiment_name,
+            config=config.model_dump(mode="json"),
+            resume_step=resume_step,
+        )
+        stack.callback(writer.close)
+        if parts.is_main:
+            write_whole(config.run_dir / "config.yaml", dump_config(config))
+        return Run(
             config=config,
             tokenizer=tokenizer,
             parts=parts,
@@ -234,26 +250,16 @@ def start(config: Config) -> Run:
             lookahead=lookahead,
             sampling=train_sampling(config),
             val_sampling=val_sampling(config),
-            writer=MetricsWriter(
-                config.run_dir,
-                [name for name in loggers if name != "console"],
-                project_name=config.trainer.project_name,
-                experiment_name=config.trainer.experiment_name,
-                config=config.model_dump(mode="json"),
-                resume_step=resume_step,
-            ),
+            writer=writer,
             console=TrainingConsole(
                 config.trainer.total_training_steps,
                 first_step=resume_step or 0,
                 console=None if "console" in loggers else Console(file=StringIO()),
             ),
+            resources=stack.pop_all(),
             background=background_save(config),
             step=resume_step or 0,
         )
-        if parts.is_main:
-            write_whole(config.run_dir / "config.yaml", dump_config(config))
-        stack.pop_all()
-    return run
 
 
 def warn_of_stale_tokens(config: Config) -> None:

@@ -4,6 +4,7 @@ import copy
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,15 @@ def test_a_damaged_state_is_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ahead.load_state_dict({**before, **change})
     assert ahead.state_dict() == before
+
+
+def test_a_response_that_is_longer_than_the_limit_by_now_is_refused() -> None:
+    ahead = lookahead(1)
+    steps(ahead, 0, 1)
+    shorter = lookahead(1)
+    shorter.sampling = replace(shorter.sampling, max_tokens=1)
+    with pytest.raises(ValueError, match=r"tokens sampled ahead, beyond .*max_response_length = 1"):
+        shorter.load_state_dict(ahead.state_dict())
 
 
 def test_staleness_is_counted_by_token() -> None:

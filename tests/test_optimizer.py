@@ -152,6 +152,14 @@ def test_z_has_a_learning_rate_of_its_own() -> None:
     assert optimizer.lr == 0.01
 
 
+def test_the_learning_rate_of_a_skipped_update_is_that_of_its_step() -> None:
+    named = parameters()
+    optimizer = master_adamw(named, lr=0.01, warmup_steps=4)
+    optimizer.main_grads[named["vector"]][2] = math.nan
+    assert not optimizer.step(0)[1]
+    assert optimizer.lr == pytest.approx(0.0025)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, dtype: torch.dtype) -> None:

@@ -25,6 +25,7 @@ from training_samples import (
 
 from flowrl.checkpoint import latest_checkpoint, load_training_state
 from flowrl.config import load_config
+from flowrl.run import start
 from flowrl.train import train
 
 pytestmark = pytest.mark.timeout(300)
@@ -153,7 +154,7 @@ def test_another_reference_is_refused_and_nothing_changes(
     with pytest.raises(ValueError, match="trained against a reference with fingerprint") as error:
         trained(changed, run_dir, *changes)
     assert str(changed) in str(error.value)
-    assert "restore the model or use another run directory" in str(error.value)
+    assert "restore the model and model.dtype, or use another run directory" in str(error.value)
     assert files_of(run_dir) == before
 
 
@@ -210,6 +211,14 @@ def test_more_steps_than_at_first_continue_the_same_run(
     rows[4] = {name: value for name, value in rows[4].items() if not name.startswith("val/")}
     assert rows == untimed_rows(expected)
     assert state_of(tmp_path)[1] == state_of(expected)[1]
+
+
+def test_a_run_directory_has_one_writer(tiny_sums: Path, tmp_path: Path) -> None:
+    config = load_config(None, settings(tiny_sums, tmp_path, "trainer.total_training_steps=1"))
+    with start(config), pytest.raises(ValueError, match=rf"another process writes to {tmp_path}"):
+        start(config)
+    with start(config):  # the first has left
+        pass
 
 
 def test_resume_mode_disable_starts_anew_and_keeps_the_old_metrics(

@@ -88,11 +88,11 @@ class MasterAdamW:
         """
         grad_norm = torch.nn.utils.get_total_norm(list(self.main_grads.values()))
         is_finite = bool(torch.isfinite(grad_norm))
+        warmup = min(1.0, (training_step + 1) / max(self.warmup_steps, 1))
+        for group in self.adamw.param_groups:
+            group["lr"] = group["peak_lr"] * warmup
         if is_finite:
             factor = min(1.0, self.max_grad_norm / (float(grad_norm) + 1e-6))
-            warmup = min(1.0, (training_step + 1) / max(self.warmup_steps, 1))
-            for group in self.adamw.param_groups:
-                group["lr"] = group["peak_lr"] * warmup
             for name, parameter in self.parameters.items():
                 self.masters[name].grad = self.main_grads[parameter].mul_(factor)
             self.adamw.step()
@@ -122,7 +122,10 @@ class MasterAdamW:
         """Restore what `state_tensors` gave. Raises ValueError when parameters are missing."""
         missing = [n for n in self.masters if f"master.{n}" not in tensors]
         if missing:
-            raise ValueError(f"the checkpoint lacks {len(missing)} parameters, first {missing[0]}")
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} parameters, first {missing[0]}: resume with "
+                "the settings that it was trained with, or use another run directory"
+            )
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"master.{name}"])
