@@ -41,8 +41,8 @@ The value of an override is read as YAML, so lists and mappings work (`'rollout.
 and a leading `+` is ignored. An unknown key is an error that names the near ones; a value of the
 wrong type or out of range is one that shows it. What a run resolved to is in its `config.yaml`.
 
-The only environment variable that the trainer reads is `FLOWRL_CACHE`, the folder of converted
-models (`~/.cache/flowrl`).
+The trainer reads one environment variable of its own, `FLOWRL_CACHE`, the folder of converted
+models (`~/.cache/flowrl`), and torchrun's.
 
 Rules across keys:
 

@@ -41,12 +41,16 @@ def set_advantages(config: Config, samples: Sequence[Sample]) -> None:
     elif algorithm.objective == "reinforce_pp_baseline":
         advantages = reinforce_pp_baseline_advantages(scores, batch.group_ids, mask, cu_seqlens)
     else:
+        old_logprobs, ref_logprobs = batch.old_logprobs, batch.ref_logprobs
+        if old_logprobs is not None and ref_logprobs is not None:
+            # A token whose log-prob the engine does not know, see mask_unknown, costs no KL.
+            old_logprobs = torch.where(old_logprobs.isfinite(), old_logprobs, ref_logprobs)
         rewards = token_rewards(
             scores,
             mask,
             cu_seqlens,
-            batch.old_logprobs,
-            batch.ref_logprobs,
+            old_logprobs,
+            ref_logprobs,
             algorithm.kl_coef if algorithm.use_kl_in_reward else 0.0,
         )
         if algorithm.objective == "ppo":
@@ -135,8 +139,10 @@ def baseline_metrics(results: Iterable[MicroBatchResult]) -> dict[str, float]:
         return math.fsum(float(r.output.diagnostics[name].double().sum()) for r in results)
 
     num_tokens = max(total("num_tokens"), 1.0)
+    per_token = results[0].output.normalizer == "tokens"
+    count = num_tokens if per_token else sum(r.batch.num_sequences for r in results)
     metrics = {
-        "actor/loss": total("loss") / sum(r.batch.num_sequences for r in results),
+        "actor/loss": total("loss") / count,
         "actor/pg_clipfrac": total("num_clipped_tokens") / num_tokens,
         "actor/pg_clipfrac_lower": total("num_lower_clipped_tokens") / num_tokens,
         "actor/ratio": total("ratio") / num_tokens,

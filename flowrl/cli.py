@@ -211,7 +211,9 @@ def serve_rollouts(
     arguments = arguments or []
     own = [argument.startswith("-") for argument in arguments]
     first = own.index(True) if any(own) else len(arguments)
-    settings = load_config(config, arguments[:first])
+    # A trainer's file serves as it is: that this is a server, and which, are said by the command.
+    told = ["rollout.engine=vllm", f"rollout.servers=[http://{host}:{port}]"]
+    settings = load_config(config, [*told, *arguments[:first]])
     from flowrl.rollout.serve import serve
 
     serve(settings, host, port, arguments[first:])

@@ -31,12 +31,24 @@ VERL_HOMES = {
 
 
 def is_megatron(config: Config) -> bool:
-    """Whether Megatron trains the policy."""
+    """Whether Megatron trains the policy.
+
+    Raises ValueError when many processes were started for a policy in one, each of which would
+    train it and write to the same files.
+    """
+    if config.actor.strategy == "torch" and num_processes() > 1:
+        raise ValueError(
+            f"actor.strategy = torch trains in one process, but torchrun started {num_processes()}:"
+            " start it without torchrun, or use actor.strategy=megatron"
+        )
     if config.actor.strategy != "auto":
         return config.actor.strategy == "megatron"
-    parallel = config.parallel
-    is_spread = parallel.model_size * parallel.expert_model_parallel_size > 1
-    return is_spread or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return config.parallel.num_shares > 1 or num_processes() > 1
+
+
+def num_processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:

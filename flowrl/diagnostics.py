@@ -48,8 +48,8 @@ def flow_metrics(results: Iterable[MicroBatchResult], beta: float) -> dict[str, 
 
     residual, weight = joined("residual"), joined("weight")
     num_tokens = joined("num_tokens")
-    log_z = torch.cat(
-        [torch.zeros(r.batch.num_sequences) if r.log_z is None else r.log_z.cpu() for r in results]
+    log_z = torch.cat(  # without a network, what the loss took: a group's estimate, or zeros
+        [(r.batch.vargrad_log_z if r.log_z is None else r.log_z).cpu() for r in results]
     ).double()
     group_ids = torch.cat([r.batch.group_ids.cpu() for r in results])
     stationary, own = stationary_log_z(weight, residual, log_z, group_ids)

@@ -209,6 +209,11 @@ class ParallelConfig(Section):
             * self.context_parallel_size
         )
 
+    @property
+    def num_shares(self) -> int:
+        """More than 1 when anything at all is spread."""
+        return self.model_size * self.expert_model_parallel_size
+
 
 class RefConfig(Section):
     """The frozen reference policy."""
@@ -256,11 +261,17 @@ class FlowConfig(Section):
     )
 
 
+class CriticOptimConfig(OptimConfig):
+    """AdamW of the critic."""
+
+    lr: NonNegativeFloat = Field(1e-5, description="learning rate after warm-up")
+
+
 class CriticConfig(Section):
     """PPO's critic: a copy of the policy's model with a value head."""
 
     cliprange_value: PositiveFloat = Field(0.5, description="how far a value may move per batch")
-    optim: OptimConfig = OptimConfig(lr=1e-5)  # pyright: ignore[reportCallIssue]
+    optim: CriticOptimConfig = CriticOptimConfig()  # pyright: ignore[reportCallIssue]
 
 
 class AlgorithmConfig(Section):
@@ -365,6 +376,11 @@ class Config(Section):
                 f"rollout.max_num_seqs = {rollout.max_num_seqs} is below rollout.n = {rollout.n}; "
                 "the responses to one prompt are decoded together, so raise it"
             )
+        if rollout.max_num_seqs < self.validation.n:
+            raise ValueError(
+                f"rollout.max_num_seqs = {rollout.max_num_seqs} is below validation.n = "
+                f"{self.validation.n}; the responses to one prompt are decoded together: raise it"
+            )
         if data.train_batch_size % actor.ppo_mini_batch_size != 0:
             raise ValueError(
                 f"data.train_batch_size = {data.train_batch_size} is not a multiple of "
@@ -387,10 +403,10 @@ class Config(Section):
         self._refuse_idle_settings()
         self._refuse_idle_engine_settings()
         self._check_selection()
-        if actor.strategy == "torch" and self.parallel.model_size > 1:
+        if actor.strategy == "torch" and self.parallel.num_shares > 1:
             raise ValueError(
                 f"actor.strategy = torch runs in one process, but `parallel` asks for "
-                f"{self.parallel.model_size}; use actor.strategy=megatron under torchrun"
+                f"{self.parallel.num_shares}; use actor.strategy=megatron under torchrun"
             )
         return self
 
@@ -428,20 +444,78 @@ class Config(Section):
             )
 
     def _refuse_idle_settings(self) -> None:
-        """Refuse settings that the chosen objective would silently ignore."""
-        objective, actor, algorithm = self.algorithm.objective, self.actor, self.algorithm
-        readers = [
-            ("actor.use_kl_loss", actor.use_kl_loss, BASELINES),
-            ("actor.entropy_coeff", actor.entropy_coeff, BASELINES),
-            ("actor.loss_mode", actor.loss_mode != "vanilla" and actor.loss_mode, ("grpo",)),
-            ("algorithm.use_kl_in_reward", algorithm.use_kl_in_reward, ("ppo", "reinforce_pp")),
+        """Refuse settings that the rest of the settings makes the run ignore silently.
+
+        Those of Z, `flow` and `critic` may stay, so that one override tries another objective.
+        """
+        objective, actor, flow = self.algorithm.objective, self.actor, self.flow
+        correction, filtering = self.algorithm.rollout_correction, self.algorithm.filter_groups
+        buffer = self.reward.overlong_buffer
+        token_rewards = objective in ("ppo", "reinforce_pp")
+        is_baseline = objective in BASELINES
+        of_baselines = f"algorithm.objective={' or '.join(BASELINES)}"
+        of_token_rewards = "algorithm.objective=ppo or reinforce_pp"
+        clip_weighting = flow.weighting in (None, "clip", "cispo")
+        # (keys, whether they are read, what it takes)
+        readers: list[tuple[str, bool, str]] = [
+            (
+                "actor.clip_ratio_low actor.clip_ratio_high actor.clip_ratio_c actor.use_kl_loss "
+                "actor.loss_agg_mode actor.entropy_coeff",
+                is_baseline,
+                of_baselines,
+            ),
+            ("actor.loss_mode", objective == "grpo", "algorithm.objective=grpo"),
+            (
+                "actor.loss_scale_factor",
+                is_baseline and actor.loss_agg_mode == "seq-mean-token-sum-norm",
+                "actor.loss_agg_mode=seq-mean-token-sum-norm",
+            ),
+            ("actor.kl_loss_coef", actor.use_kl_loss, "actor.use_kl_loss=true"),
+            (
+                "algorithm.norm_adv_by_std_in_grpo",
+                objective == "grpo",
+                "algorithm.objective=grpo",
+            ),
+            ("algorithm.use_kl_in_reward algorithm.gamma", token_rewards, of_token_rewards),
+            ("algorithm.lam", objective == "ppo", "algorithm.objective=ppo"),
+            (
+                "algorithm.kl_coef",
+                self.algorithm.use_kl_in_reward,
+                "algorithm.use_kl_in_reward=true",
+            ),
+            ("flow.clip_low flow.clip_high", clip_weighting, "flow.weighting=clip or cispo"),
+            ("flow.weight_cap", flow.weighting in (None, "cap"), "flow.weighting=cap"),
+            (
+                "algorithm.rollout_correction.rollout_is_threshold",
+                correction.is_on,
+                "rollout_is or rollout_rs",
+            ),
+            (
+                "algorithm.rollout_correction.rollout_rs_threshold "
+                "algorithm.rollout_correction.rollout_rs_threshold_lower",
+                correction.rollout_rs is not None,
+                "algorithm.rollout_correction.rollout_rs",
+            ),
+            (
+                "algorithm.filter_groups.max_num_gen_batches",
+                filtering.enable,
+                "algorithm.filter_groups.enable=true",
+            ),
+            (
+                "reward.overlong_buffer.len reward.overlong_buffer.penalty_factor",
+                buffer.enable,
+                "reward.overlong_buffer.enable=true",
+            ),
         ]
-        for key, value, objectives in readers:
-            if value and objective not in objectives:
-                raise ValueError(
-                    f"{key} = {value} has no effect on algorithm.objective = {objective}; it is "
-                    f"for {', '.join(objectives)}"
-                )
+        for keys, is_read, needed in readers:
+            for key in () if is_read else keys.split():
+                *sections, name = key.split(".")
+                section: Any = self
+                for part in sections:
+                    section = getattr(section, part)
+                value = getattr(section, name)
+                if value != type(section).model_fields[name].default:
+                    raise ValueError(f"{key} = {value} has no effect here; it needs {needed}")
 
     def _refuse_idle_engine_settings(self) -> None:
         """Refuse settings that the chosen rollout engine would silently ignore."""

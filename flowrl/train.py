@@ -90,9 +90,10 @@ def training_step(run: Run) -> dict[str, float]:
     if config.algorithm.mask_truncated:
         mask_truncated(samples)
 
-    run.console.phase("reference")
-    with Timer("ref", timings):
-        set_logprobs(samples, "ref_logprobs", run.parts.reference_logprobs(samples))
+    if needs_reference(config):
+        run.console.phase("reference")
+        with Timer("ref", timings):
+            set_logprobs(samples, "ref_logprobs", run.parts.reference_logprobs(samples))
 
     num_updates = (
         config.actor.ppo_epochs * config.data.train_batch_size // config.actor.ppo_mini_batch_size
@@ -209,6 +210,12 @@ def mini_batches(run: Run, samples: Sequence[Sample]) -> Iterator[Sequence[Sampl
             yield samples[first : first + size]
 
 
+def needs_reference(config: Config) -> bool:
+    """Whether the objective reads the reference's log-probs."""
+    is_flow = config.algorithm.objective == "flow_balance"
+    return is_flow or config.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+
+
 def needs_old_logprobs(config: Config) -> bool:
     """Whether something before the update reads the policy's log-probs."""
     if config.algorithm.rollout_correction.is_on:
@@ -268,13 +275,16 @@ def update_critic(run: Run, samples: Sequence[Sample]) -> dict[str, float]:
     """Train PPO's critic on the batch's returns, in the mini-batches of the policy."""
     critic = run.parts.critic
     assert critic is not None
-    losses, grad_norms = [], []
+    losses, grad_norms, num_skipped = [], [], 0
     for mini_batch in mini_batches(run, samples):
         losses.append(critic.accumulate_gradients(mini_batch, value_objective(run.config)))
-        grad_norms.append(critic.optimizer.step(run.step)[0])
+        grad_norm, is_applied = critic.optimizer.step(run.step)
+        grad_norms.append(grad_norm)
+        num_skipped += not is_applied
     return {
         "critic/vf_loss": sum(losses) / len(losses),
         "critic/grad_norm": sum(grad_norms) / len(grad_norms),
+        "critic/skipped_updates": num_skipped,
     }
 
 

@@ -7,9 +7,10 @@ import torch
 from test_train import LONGER, hf_folder, success
 from training_samples import settings, trained, training_rows, untimed_rows
 
-from flowrl.baselines import set_advantages
-from flowrl.batch import Sample
+from flowrl.baselines import baseline_metrics, baseline_objective, set_advantages
+from flowrl.batch import Sample, pack
 from flowrl.config import load_config
+from flowrl.interface import MicroBatchResult, TokenOutputs
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -44,6 +45,8 @@ def test_baseline_learns(tiny_sums: Path, tmp_path: Path, name: str) -> None:
         assert row["actor/ratio"] == pytest.approx(1, abs=1e-6)
         assert row["actor/pg_clipfrac"] == row["actor/ppo_kl"] == row["actor/skipped_updates"] == 0
         assert "flow/residual" not in row
+        reads_reference = name.startswith("reinforce_pp")
+        assert ("timing_s/ref" in row) is reads_reference
     if name == "ppo":
         late = training_rows(tmp_path)[-10:]
         # A critic that says 0 everywhere has half the mean of score^2, which is the score.
@@ -60,7 +63,7 @@ def test_ppo_resumes_with_its_critic(tiny_sums: Path, tmp_path: Path) -> None:
         [
             {k: v for k, v in row.items() if not k.startswith("val/")}  # also judged at the stop
             for row in untimed_rows(tmp_path / name)
-            if "critic/vf_loss" in row
+            if row.get("critic/skipped_updates") == 0
         ]
         for name in ("straight", "resumed")
     )
@@ -133,10 +136,66 @@ def test_advantages_by_hand() -> None:
     torch.testing.assert_close(baseline, expected, atol=1e-5, rtol=0)
 
 
+def test_a_token_of_unknown_log_prob_costs_no_kl() -> None:
+    config = load_config(
+        None,
+        settings(
+            Path("model"),
+            Path("run"),
+            "algorithm.objective=reinforce_pp",
+            "algorithm.use_kl_in_reward=true",
+            "algorithm.kl_coef=0.2",
+            "flow.old_logprobs=rollout",
+        ),
+    )
+    samples = batch_of([1.0, 0.0, 0.0])
+    samples[0].old_logprobs = torch.tensor([torch.nan, -2.0])
+    set_advantages(config, samples)
+    found = torch.stack([s.advantages for s in samples if s.advantages is not None]).double()
+    expected = white([[1.0, 1.0], [-0.1, 0.0], [-0.1, 0.0]])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("token-mean", -(1 * 1.0 + 3 * 2.0) / 4),
+        ("seq-mean-token-mean", -(1.0 + 2.0) / 2),
+        ("seq-mean-token-sum", -(1 * 1.0 + 3 * 2.0) / 2),
+    ],
+)
+def test_the_reported_loss_is_the_one_that_is_minimised(mode: str, expected: float) -> None:
+    """Responses of 1 and 3 tokens, advantages 1 and 2, a ratio of 1, in two micro-batches."""
+    config = load_config(
+        None,
+        settings(
+            Path("model"), Path("run"), "algorithm.objective=grpo", f"actor.loss_agg_mode={mode}"
+        ),
+    )
+    results = []
+    for advantage, length in ((1.0, 1), (2.0, 3)):
+        sample = Sample([5], [6] * length, [-1.0] * length, group_id=0)
+        sample.advantages = torch.full((length,), advantage)
+        batch = pack([sample])
+        outputs = TokenOutputs(
+            logprobs=torch.full((1 + length,), -1.0, requires_grad=True),
+            entropy=torch.zeros(1 + length),
+            hidden=torch.zeros(1 + length, 2),
+            dropped_mass=None,
+        )
+        output = baseline_objective(config)(batch, outputs, None)
+        results.append(
+            MicroBatchResult(batch, output, None, outputs.logprobs, outputs.entropy, None)
+        )
+    assert baseline_metrics(results)["actor/loss"] == pytest.approx(expected)
+
+
 def test_settings_of_another_objective_are_refused(tiny_sums: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"actor.use_kl_loss = True .* flow_balance"):
+    with pytest.raises(ValueError, match=r"actor.use_kl_loss = True .*objective=grpo or ppo or"):
         load_config(None, settings(tiny_sums, tmp_path, "actor.use_kl_loss=true"))
-    with pytest.raises(ValueError, match=r"actor.loss_mode = gspo .* ppo"):
+    with pytest.raises(
+        ValueError, match=r"actor.loss_mode = gspo .* needs algorithm.objective=grpo"
+    ):
         load_config(
             None,
             settings(tiny_sums, tmp_path, "algorithm.objective=ppo", "actor.loss_mode=gspo"),

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from training_samples import cli, config_file, files_of, refused, training_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flowrl.config import config_keys, load_config
+import flowrl.rollout.serve
+from flowrl.config import Config, config_keys, load_config
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -190,6 +191,20 @@ def test_dry_run_of_a_finished_run_says_where_it_stands(finished: tuple[Path, st
     code, out, _ = cli("train", finished[0] / "config.yaml", "--dry-run")
     assert code == 0
     assert "would run on cpu after step 2" in out
+
+
+def test_a_trainers_file_serves_as_it_is(
+    tiny_sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = config_file(tmp_path / "run.yaml", tiny_sums, tmp_path)
+    started: list[tuple[Config, str, int, list[str]]] = []
+    monkeypatch.setattr(flowrl.rollout.serve, "serve", lambda *given: started.append(given))
+    settings = ["rollout.gpu_memory_utilization=0.9", "rollout.tensor_model_parallel_size=2"]
+    code, _, err = cli("serve", str(file), "--port", "8123", *settings, "--", "--seed", "7")
+    assert code == 0, err
+    ((config, host, port, arguments),) = started
+    assert config.rollout.engine == "vllm" and config.rollout.tensor_model_parallel_size == 2
+    assert (host, port, arguments) == ("127.0.0.1", 8123, ["--seed", "7"])
 
 
 def test_keys_lists_every_setting() -> None:

@@ -6,9 +6,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowrl.config import VERL_HOMES, Config, cache_dir, config_keys, dump_config, load_config
+from flowrl.config import (
+    VERL_HOMES,
+    Config,
+    cache_dir,
+    config_keys,
+    dump_config,
+    is_megatron,
+    load_config,
+)
 
 REQUIRED = ["model.path=some/model", "data.task=sums"]
+GRPO, PPO = "algorithm.objective=grpo", "algorithm.objective=ppo"
 
 
 def load(*overrides: str) -> Config:
@@ -225,14 +234,54 @@ def test_bad_values_are_named(override: str, message: str) -> None:
         (["data.task=files"], "data.train_files is empty"),
         (["rollout.top_p=0.9"], "rollout.top_p = 0.9.*flow.old_logprobs=rollout"),
         (["rollout.top_k=50"], "rollout.top_k = 50.*flow.old_logprobs=rollout"),
+        (["validation.n=300"], "max_num_seqs = 256 is below validation.n = 300"),
     ],
-    ids=["length", "mini batch", "larger mini batch", "no files", "top_p", "top_k"],
+    ids=["length", "mini batch", "larger mini batch", "no files", "top_p", "top_k", "samples"],
 )
 def test_settings_that_contradict_each_other_are_refused(
     overrides: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["actor.clip_ratio_high=0.28"], r"clip_ratio_high = 0.28.*needs algorithm.objective=grpo"),
+        (["actor.clip_ratio_c=null"], r"clip_ratio_c = None has no effect here"),
+        (["actor.loss_agg_mode=seq-mean-token-sum"], r"loss_agg_mode = seq-mean-token-sum has no"),
+        ([GRPO, "actor.loss_scale_factor=9"], r"= 9.0.*loss_agg_mode=seq-mean-token-sum-norm"),
+        ([GRPO, "actor.kl_loss_coef=0.1"], r"kl_loss_coef = 0.1.*needs actor.use_kl_loss=true"),
+        ([GRPO, "algorithm.gamma=0.9"], r"gamma = 0.9.*needs algorithm.objective=ppo or reinforce"),
+        ([PPO, "algorithm.norm_adv_by_std_in_grpo=false"], r"needs algorithm.objective=grpo"),
+        ([PPO, "algorithm.kl_coef=0.1"], r"kl_coef = 0.1.*needs algorithm.use_kl_in_reward=true"),
+        (["algorithm.lam=0.9"], r"lam = 0.9.*needs algorithm.objective=ppo"),
+        (["flow.weighting=raw", "flow.clip_low=0.1"], r"clip_low = 0.1.*flow.weighting=clip or"),
+        (["algorithm.filter_groups.max_num_gen_batches=3"], r"= 3.*filter_groups.enable=true"),
+        (["reward.overlong_buffer.penalty_factor=0.5"], r"= 0.5.*overlong_buffer.enable=true"),
+        (["algorithm.rollout_correction.rollout_rs_threshold=3"], r"= 3.0.*rollout_rs$"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_settings_that_nothing_reads_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(*overrides)
+
+
+def test_one_key_of_the_critics_optimiser_leaves_its_learning_rate() -> None:
+    assert load().critic.optim.lr == 1e-5
+    assert load(PPO, "critic.optim.weight_decay=0").critic.optim.lr == 1e-5
+
+
+def test_one_process_is_refused_where_many_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load("actor.strategy=torch")
+    assert not is_megatron(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"torchrun started 2: start it without torchrun"):
+        is_megatron(config)
+    with pytest.raises(ValueError, match=r"strategy = torch.*`parallel` asks for 4"):
+        load("actor.strategy=torch", "parallel.expert_model_parallel_size=4")
 
 
 def test_settings_at_the_border_are_accepted() -> None:

@@ -141,9 +141,13 @@ def test_a_group_split_over_micro_batches_is_one_group() -> None:
     assert flow_metrics(parts, BETA) == flow_metrics([whole], BETA)
 
 
-def test_without_a_network_log_z_is_zero() -> None:
-    metrics = flow_metrics([result([0], None, residual=[2.0], weight=[1.0])], BETA)
+def test_without_a_network_log_z_is_what_the_loss_took() -> None:
+    without = result([0], None, residual=[2.0], weight=[1.0])
+    metrics = flow_metrics([without], BETA)
     assert metrics["flow/log_z"] == 0 and metrics["flow/log_z_stationary"] == -2
+    without.batch.vargrad_log_z = torch.tensor([0.5])  # flow.log_z=vargrad
+    metrics = flow_metrics([without], BETA)
+    assert metrics["flow/log_z"] == 0.5 and metrics["flow/log_z_stationary"] == -1.5
 
 
 @pytest.mark.parametrize(

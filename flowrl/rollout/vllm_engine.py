@@ -8,6 +8,7 @@ variables that child processes inherit, and reseeds every generator. All of that
 # pyright: reportMissingImports=false
 
 import logging
+import math
 import multiprocessing
 import random
 import sys
@@ -211,6 +212,8 @@ class VllmEngine:
             position[token].logprob
             for position, token in zip(completion.logprobs, token_ids, strict=True)
         ]
+        if not all(map(math.isfinite, logprobs)):
+            raise RuntimeError(f"vLLM gave request {place} log-probs that are no finite numbers")
         return Response(token_ids, logprobs, reason, self.weight_version)
 
     def _wake_up(self) -> None:

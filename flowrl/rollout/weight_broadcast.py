@@ -177,7 +177,7 @@ def in_thread(work: Callable[[], T]) -> "Future[T]":
     def run() -> None:
         try:
             future.set_result(work())
-        except (RuntimeError, ValueError, OSError, AssertionError) as error:
+        except BaseException as error:  # the caller's `result` raises it
             future.set_exception(error)
 
     threading.Thread(target=run, name="weights", daemon=True).start()
