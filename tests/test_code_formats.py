@@ -161,7 +161,7 @@ def test_other_text_is_no_value(text):
 def test_keys_of_one_hash_are_refused_at_once():
     step = (1 << 61) - 1  # hash(n * step) is 0
     numbers = [{"int": hex(n * step)} for n in range(1, 200_001)]
-    started = time.perf_counter()
+    started = time.process_time()
     for name, items in (
         ("set", numbers),
         ("frozenset", numbers),
@@ -169,7 +169,7 @@ def test_keys_of_one_hash_are_refused_at_once():
     ):
         with pytest.raises(ValueError, match="200000 keys of one hash"):
             plain.decode(json.dumps({name: items}))
-    assert time.perf_counter() - started < 60  # minutes, if the set were built
+    assert time.process_time() - started < 60  # minutes, if the set were built
     assert plain.decode(plain.encode({-1, -2, step, 0})) == {-1, -2, step, 0}
 
 
