@@ -17,21 +17,19 @@ from flowrl.evaluation import grade
 from flowrl.evaluation.engine import build_engine, find_model, fingerprint
 from flowrl.evaluation.generations import (
     Generation,
-    Key,
     generate,
     keep_whole_batches,
     plan_batches,
     read_generations,
 )
-from flowrl.evaluation.grade import Grade, GradingSettings
-from flowrl.evaluation.results import Answers, powers_of_two, summarise
+from flowrl.evaluation.grade import GradingSettings
+from flowrl.evaluation.results import powers_of_two
 from flowrl.evaluation.run import evaluate, regrade
 from flowrl.evaluation.settings import EvalSettings, keep_settings, load_settings
-from flowrl.evaluation.tasks import EvalPrompt, load_task
+from flowrl.evaluation.tasks import load_task
 from flowrl.policy.pretrained import load_tokenizer
 from flowrl.policy.tiny import EOS
 from flowrl.rollout import Response, SamplingParams
-from flowrl.tasks import Prompt
 
 FILES = {
     "settings.json",
@@ -396,48 +394,6 @@ def test_sources_of_a_file_are_shown_apart(tiny_sums: Path, tmp_path: Path) -> N
     ]
     assert whole == pytest.approx((addition + 2 * sums) / 3)
     assert "  addition" in out and "  sums" in out
-
-
-def verdicts_of(prompt: EvalPrompt, *answers: str | None) -> dict[Key, Grade]:
-    """Grades of samples: "7" is right, and None is no answer."""
-    return {
-        (prompt.task, prompt.prompt_id, "sample", i): Grade(answer == "7", answer, answer)
-        for i, answer in enumerate(answers)
-    }
-
-
-def test_programs_have_no_answers_among_prompts_that_have() -> None:
-    prompts = [
-        EvalPrompt("t", name, (grader,), Prompt(source, [{"role": "user", "content": name}], "7"))
-        for name, grader, source in (
-            ("program", "code", "taco"),
-            ("number", "numeric", "openai/gsm8k"),
-        )
-    ]
-    answers = [
-        Answers(p, [Generation("t", p.prompt_id, "sample", 0, "", "", "x", "stop", 1, 0, 0, "")])
-        for p in prompts
-    ]
-    for own in answers:
-        own.samples += [replace(own.samples[0], sample=i) for i in (1, 2, 3)]
-    grades = {
-        "code": {
-            key: replace(g, is_correct=True)
-            for key, g in verdicts_of(prompts[0], None, None, None, None).items()
-        },
-        "numeric": verdicts_of(prompts[1], "7", "7", "8", None),
-    }
-    whole, numbers, programs = summarise("t", "", answers, grades, {})
-    mixed = whole.graders["by prompt"]
-    assert mixed.avg.mean == 0.75
-    assert (mixed.majority_at[4].mean, mixed.no_answer) == (1.0, 0.25)
-    entropy = math.log(3) - 2 / 3 * math.log(2)
-    for group in (whole, numbers):
-        assert group.diversity["answer_entropy"].mean == pytest.approx(entropy)
-        assert group.diversity["distinct_correct_answers"].mean == 1.0
-    assert (programs.source, programs.graders["code"].majority_at) == ("taco", {})
-    assert "answer_entropy" not in programs.diversity
-    assert programs.diversity["distinct_forms"].mean == 1.0
 
 
 def test_find_model_and_fingerprint(tiny_sums: Path, tmp_path: Path) -> None:
