@@ -1,7 +1,7 @@
 """The tests of a row, in the forms in which the public data sets keep them.
 
 form                                          data sets
-{"inputs", "outputs", "fn_name"?}             TACO, APPS, CodeContests, veRL's
+{"inputs", "outputs", "fn_name"?}             TACO, APPS, veRL's
 [{"input", "output", "testtype" or "type"?}]  LiveCodeBench, Codeforces, PrimeIntellect (DeepCoder)
 {"public_test_cases", "private_test_cases"}   LiveCodeBench as published, compressed or not
 {"test", "entry_point", "prompt"?}            HumanEval, HumanEval+, MBPP+

@@ -9,7 +9,6 @@ import atexit
 import builtins
 import contextlib
 import gc
-import importlib
 import io
 import json
 import os
@@ -127,7 +126,7 @@ def judge(names: dict[str, Any]) -> None:
     """
     task = _read_task()
     texts = [task["setup"], *task["checks"]]
-    compare_shapes(texts)
+    compare_shapes()
     # Only the prompt finds the names of a program there: a check imports what it needs.
     space: dict[str, Any] = {"__name__": "checks", "__builtins__": {**names, **vars(builtins)}}
     exec(compile(task["prompt"], "prompt", "exec"), space)
@@ -144,16 +143,15 @@ def judge(names: dict[str, Any]) -> None:
     os._exit(0)
 
 
-def compare_shapes(texts: list[str]) -> None:
+def compare_shapes() -> None:
     """Makes NumPy's two comparisons that tests use refuse values of different shapes.
 
     An empty array is close to every number, since it is stretched to none of its elements.
     """
     numpy: Any = sys.modules["numpy"]
     numpy.allclose = _of_equal_shape(numpy.allclose, ("a", "b"))
-    if any("assert_allclose" in text for text in texts):  # an import of 0.1 s
-        testing: Any = importlib.import_module("numpy.testing")
-        testing.assert_allclose = _of_equal_shape(testing.assert_allclose, ("actual", "desired"))
+    testing: Any = sys.modules["numpy.testing"]
+    testing.assert_allclose = _of_equal_shape(testing.assert_allclose, ("actual", "desired"))
 
 
 def _of_equal_shape(compare: Callable[..., Any], names: tuple[str, str]) -> Callable[..., Any]:
