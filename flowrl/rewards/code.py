@@ -69,7 +69,7 @@ def compute_score(
     Raises ValueError for an unknown form or option, or if the required level of isolation does not
     work here; SandboxError, a RuntimeError, if the sandbox itself ends.
     """
-    options = _read_options(extra_info)
+    options = read_options(extra_info)
     tests = read_tests(ground_truth)
     code = extract_program(solution_str)
     if isinstance(tests, CheckTests):
@@ -101,7 +101,8 @@ def compute_score(
     }
 
 
-def _read_options(extra_info: dict | None) -> Options:
+def read_options(extra_info: dict | None) -> Options:
+    """The options of a row. Raises ValueError for an unknown one, or a value out of range."""
     given = (extra_info or {}).get("code") or {}
     known = {item.name for item in fields(Options)}
     if not isinstance(given, dict) or not given.keys() <= known:
