@@ -161,7 +161,7 @@ def test_no_verdict_can_be_faked(sandbox: Sandbox, code: str) -> None:
 
     checks = ["assert f(41) == 98765", "assert f(f(41)) == 98766"]
     checked = sandbox.check(code, "", checks, [], limits)
-    assert json.loads(checked.result or "[false, false]") == [False, False]
+    assert True not in json.loads(checked.result)  # shorter than the checks after a time-out
 
 
 def plain_value(text: str) -> object:
