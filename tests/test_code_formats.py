@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import pickle
+import time
 import zlib
 from typing import Any
 
@@ -24,7 +25,15 @@ from flowrl.rewards.sandbox.harness import free_names
         ("```python\na\n```\n```\nb\n```", "a\n"),
         ("```cpp\na\n```\n```python\nb\n```\n```cpp\nc\n```", "b\n"),
         ("```cpp\na\n```", None),
-        ("  ```python\n  a\n  ```", "  a\n"),
+        ("  ```python\n  a\n  ```", "a\n"),
+        ("1. So:\n   ```python\n   if a:\n     b\n  c\n   ```", "if a:\n  b\nc\n"),
+        ("- ```python\n  a\n\n    b\n  ```", "a\n\n  b\n"),
+        ("\t```python\n\ta\n\t```", "a\n"),
+        ('```python title="a.py"\na\n```', "a\n"),
+        ("```cpp title=python\na\n```", None),
+        ("```python 3\na\n```", "a\n"),
+        ("use ```x```\n```inline```\n```python\na\n```", "a\n"),
+        ("```python\ns = 'a\u2028b\x0cc'\n```", "s = 'a\u2028b\x0cc'\n"),
         ("```python\na\n```\n```python\nb", "a\n"),
         ("```python\na", None),
         ("print(3)", None),
@@ -64,6 +73,14 @@ def test_extract_program(text, expected):
         ("inf", "1e400", False),
         ("50000000000000000", "50000000000000001", False),
         ("007", "7", True),
+        ("0110", "0110", True),
+        ("110", "0110", False),
+        ("00110", "0110", False),
+        ("0", "00", False),
+        ("-7", "-07", False),
+        ("0", "0", True),
+        ("-0", "0", True),
+        (".5", "0.5", True),
         ("0x7", "7", False),
         ("1_0", "10", False),
         ("9" * 500 + ".0", "9" * 500, False),
@@ -139,6 +156,21 @@ def test_plain_iterators_and_numpy():
 def test_other_text_is_no_value(text):
     with pytest.raises(ValueError):
         plain.decode(text)
+
+
+def test_keys_of_one_hash_are_refused_at_once():
+    step = (1 << 61) - 1  # hash(n * step) is 0
+    numbers = [{"int": hex(n * step)} for n in range(1, 200_001)]
+    started = time.process_time()
+    for name, items in (
+        ("set", numbers),
+        ("frozenset", numbers),
+        ("dict", [[n, 1] for n in numbers]),
+    ):
+        with pytest.raises(ValueError, match="200000 keys of one hash"):
+            plain.decode(json.dumps({name: items}))
+    assert time.process_time() - started < 60  # minutes, if the set were built
+    assert plain.decode(plain.encode({-1, -2, step, 0})) == {-1, -2, step, 0}
 
 
 @pytest.mark.parametrize(
@@ -217,6 +249,17 @@ FORMS = {
         {"test": "assert f(1)", "prompt": "Write"},
         CheckTests("", ["assert f(1)"], [], ""),
     ),
+    "mbpp-code": (
+        {
+            "test_list": ["assert sum(1)"],
+            "code": "import a\ndef sum(x):\n    def g(): pass\nclass B: pass",
+        },
+        CheckTests("", ["assert sum(1)"], ["sum", "B"], ""),
+    ),
+    "mbpp-entry-point": (
+        {"test_list": ["assert sum(1)"], "entry_point": "sum", "code": "def sum(x): pass"},
+        CheckTests("", ["assert sum(1)"], ["sum"], ""),
+    ),
     "asserts": (["assert f(1)"], CheckTests("", ["assert f(1)"], [], "")),
 }
 
@@ -244,6 +287,26 @@ def test_forms_of_tests(truth, expected):
         ({"test": "def check(f): pass"}, "names no entry_point"),
         ({"test": "assert (", "entry_point": "f"}, "is no Python"),
         (["assert f(", "assert g()"], "is no Python"),
+        ({"test": "def check(f): pass", "entry_point": "f", "prompt": "Write f."}, "the prompt of"),
+        (
+            {"test_list": ["assert f()"], "code": "def f("},
+            "the code of the ground_truth is no Python",
+        ),
+        ({"test": ""}, "an empty test"),
+        (["assert f()", "# nothing"], "an empty test"),
+        ({"test": 5}, "test is 5; give a text"),
+        ({"test": "assert f()", "entry_point": ["f"]}, r"entry_point is \['f'\]; give a text"),
+        ({"test_list": [1]}, r"test_list is \[1\]; give a list of texts"),
+        ({"test_list": "assert f()"}, "test_list is assert f"),
+        ({"public_test_cases": "[]", "metadata": "[]"}, r"metadata is '\[\]'; give an object"),
+        (
+            [{"input": "x", "output": "1", "type": "call", "fn_name": "f"}],
+            "input 'x' of a test of f",
+        ),
+        (
+            [{"input": "1", "output": 1, "type": "call", "fn_name": "f"}],
+            "output '1' of a test of f",
+        ),
     ],
 )
 def test_bad_tests_are_refused(truth, message):

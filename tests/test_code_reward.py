@@ -76,7 +76,13 @@ def test_the_total_time_is_limited():
     ("options", "message"),
     [
         ({"time": 3}, "its keys may be"),
-        ({"time_limit_s": 0}, r"\['time_limit_s'\] is 0"),
+        ({"time_limit_s": 0}, r"\['time_limit_s'\] is 0; give a number of seconds above 0"),
+        ({"time_limit_s": "6"}, r"\['time_limit_s'\] is '6'; give"),
+        ({"total_time_limit_s": float("inf")}, r"\['total_time_limit_s'\] is inf; give"),
+        ({"memory_limit_mb": 1.5}, r"\['memory_limit_mb'\] is 1.5; give a whole number >= 1"),
+        ({"max_tests": -1}, r"\['max_tests'\] is -1; give a whole number >= 0"),
+        ({"max_tests": -1, "score": "fraction"}, r"\['max_tests'\] is -1"),
+        ({"max_tests": 2.0}, r"\['max_tests'\] is 2.0"),
         ({"score": "some"}, "'some'; all or fraction"),
         ({"isolation": "none"}, "isolation 'none' is unknown"),
     ],
@@ -170,6 +176,85 @@ HUMANEVAL = {
 def test_checks_with_numpy_and_prompt(code, expected):
     returned = score(code, HUMANEVAL, total_time_limit_s=1.0 if expected == "time_limit" else 20.0)
     assert (returned["code_reason"], returned["score"]) == (expected, float(expected == "passed"))
+
+
+CIPHER = {
+    "prompt": (
+        "def encode(s: str):\n    return ''.join([chr(ord(c) + 1) for c in s])\n\n\n"
+        "def longest(words: List[str]):\n    return decode(max(words, key=len))\n\n\n"
+        "def decode(s: str):\n    'The inverse of encode.'\n"
+    ),
+    "entry_point": "decode",
+    "test": (
+        "def check(candidate):\n"
+        "    for s in ('', 'abc', 'xy'):\n"
+        "        assert candidate(encode(s)) == s\n"
+        "    assert longest(['b', encode('xy')]) == 'xy'\n"
+    ),
+}
+DECODE = "def decode(s):\n    return ''.join([chr(ord(c) - 1) for c in s])"
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (DECODE, "passed"),
+        ("from __future__ import annotations\n" + DECODE, "passed"),
+        ("    return ''.join([chr(ord(c) - 1) for c in s])", "passed"),
+        (
+            "def decode(s):\n    return encode(s)[:0] + ''.join([chr(ord(c) - 1) for c in s])",
+            "passed",
+        ),
+        ("def encode(s):\n    return s\ndef decode(s):\n    return s", "wrong_answer"),
+        ("def longest(x):\n    return 'xy'\ndef decode(s):\n    return s", "wrong_answer"),
+        ("x = 1", "wrong_answer"),
+    ],
+)
+def test_what_the_prompt_defines_is_not_the_programs(code, expected):
+    returned = score(code, CIPHER, total_time_limit_s=20.0)
+    assert (returned["code_reason"], returned["score"]) == (expected, float(expected == "passed"))
+
+
+CLOSE = "import numpy as np\nassert np.allclose(f(3), {0}, atol=1e-6)"
+ASSERT_CLOSE = "import numpy as np\nnp.testing.assert_allclose(actual=f(3), desired={0}, rtol=1e-6)"
+
+
+@pytest.mark.parametrize("check", [CLOSE, ASSERT_CLOSE], ids=["allclose", "assert_allclose"])
+@pytest.mark.parametrize(
+    ("returned", "expected", "is_right"),
+    [
+        ("1.5", "1.5", True),
+        ("[1.5, 2]", "(1.5, 2)", True),
+        ("[]", "1.5", False),
+        ("[[]]", "[1.5]", False),
+        ("[1.5, 1.5]", "1.5", False),
+        ("1.6", "1.5", False),
+    ],
+)
+def test_close_values_have_one_shape(check, returned, expected, is_right):
+    code = f"def f(x):\n    return {returned}"
+    assert score(code, [check.format(expected)], total_time_limit_s=20.0)["score"] == is_right
+
+
+MBPP = {"test_list": ["assert sum(10, 15) == 6", "assert sum(100, 150) == 93"]}
+RIGHT_SUM = "def sum(a, b):\n    return {(10, 15): 6, (100, 150): 93}[a, b]"
+
+
+@pytest.mark.parametrize(
+    "named", [{"entry_point": "sum"}, {"code": RIGHT_SUM}], ids=["name", "code"]
+)
+def test_a_function_may_have_a_built_in_name(named):
+    assert score(RIGHT_SUM, MBPP | named)["score"] == 1.0
+    returned = score("def sum(a, b):\n    return 6", MBPP | named)
+    assert (returned["score"], returned["num_passed"]) == (0.0, 1)
+
+
+def test_what_passed_before_a_check_hangs_counts():
+    checks = ["assert f(1) == 1", "assert f(2) == 3", "assert f(0) == 0", "assert f(4) == 4"]
+    code = "def f(x):\n    while not x: pass\n    return x"
+    returned = score(code, checks, score="fraction", total_time_limit_s=4.0)
+    assert (returned["score"], returned["num_passed"]) == (0.25, 1)
+    assert (returned["code_reason"], returned["num_tests"]) == ("time_limit", 4)
 
 
 def test_checks_that_end_themselves_are_a_fault_of_the_test():

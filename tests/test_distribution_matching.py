@@ -280,3 +280,10 @@ def test_runs_of_one_seed_from_several_policies_are_refused(tmp_path: Path) -> N
 def test_unknown_method_is_refused(tmp_path: Path) -> None:
     with pytest.raises(run.typer.BadParameter, match="no method .'dpo'.; there are flow_paper"):
         run.main(tmp_path, ["dpo"], 1, 1, [1e-3], 1, 1, None, None)
+
+
+@pytest.mark.parametrize("seeds", [0, 10, 12])
+def test_seeds_without_a_quantile_are_refused_before_training(tmp_path: Path, seeds: int) -> None:
+    with pytest.raises(run.typer.BadParameter, match=f"--seeds is {seeds}; give 1 to 9"):
+        run.main(tmp_path, ["grpo"], seeds, 1, [1e-3], 1, 1, None, None)
+    assert not list(tmp_path.iterdir())

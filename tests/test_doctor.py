@@ -37,6 +37,16 @@ def test_missing_package_names_its_remedy() -> None:
     assert doctor.check_package(plain).remedy == "pip install no-such-dist"
 
 
+def test_a_remedy_has_the_declared_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "requires", {"flowrl": ["no-such-dist<3,>=2"]}.get)
+    missing = doctor.Package("no-such-dist", "no_such_module", "nothing", "")
+    assert doctor.check_package(missing).remedy == "pip install 'no-such-dist<3,>=2'"
+    two = doctor.Package(
+        "no-such-dist", "no_such_module", "", "get {0} or {1}", alternative="other"
+    )
+    assert doctor.check_package(two).remedy == "get 'no-such-dist<3,>=2' or 'other<3,>=2'"
+
+
 def test_module_without_metadata_counts_as_installed() -> None:
     check = doctor.check_package(doctor.Package("no-such-dist", "json", "nothing", ""))
     assert (check.found, check.remedy, check.is_ok) == ("unknown version", "", True)

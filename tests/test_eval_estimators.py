@@ -1,5 +1,7 @@
 """pass@k, maj@k and the rating against enumeration and closed forms."""
 
+import time
+import tracemalloc
 from collections import Counter
 from fractions import Fraction
 from itertools import combinations
@@ -10,6 +12,7 @@ import pytest
 
 from flowrl.evaluation.estimators import majority_at_k, pass_at_k
 from flowrl.evaluation.rating import estimate_rating
+from flowrl.intervals import bootstrap_interval
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 9])
@@ -90,6 +93,18 @@ def test_majority_at_k_of_many_samples_is_a_share(n: int) -> None:
     assert everyone == pytest.approx(1.0, rel=1e-12)
 
 
+def test_majority_at_k_of_many_classes_is_fast() -> None:
+    """All 1024 different, one of them right: 1 / 1024 whatever k; then classes of every size."""
+    started = time.process_time()
+    for k in (1, 2, 512, 1023, 1024):
+        value = majority_at_k([1] * 1024, [1.0, *[0.0] * 1023], 1024, k)
+        assert value == pytest.approx(1 / 1024, rel=1e-10)
+    sizes = [*range(1, 45), *[1] * 34]
+    everyone = majority_at_k(sizes, [1.0] * len(sizes), 1024, 512)
+    assert everyone == pytest.approx(1.0, rel=1e-10)
+    assert time.process_time() - started < 60
+
+
 def test_majority_at_k_refuses_impossible_counts() -> None:
     for arguments in (([3], [1.0], 2, 1), ([1], [1.0, 0.0], 2, 1), ([0], [1.0], 2, 1)):
         with pytest.raises(ValueError, match="class_sizes"):
@@ -125,3 +140,22 @@ def test_rating_recovers_the_elo_model() -> None:
     found = estimate_rating(levels.tolist(), solved.astype(float).tolist())
     assert found.low < 1700 < found.high
     assert found.high - found.low < 200
+
+
+@pytest.mark.parametrize("num_prompts", [1, 3, 700, 5000])
+def test_intervals_are_those_of_all_draws_at_once(num_prompts: int) -> None:
+    values = np.random.default_rng(5).random(num_prompts)
+    draws = np.random.default_rng(0).integers(0, num_prompts, (4000, num_prompts))
+    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    found = bootstrap_interval(values.tolist())
+    assert (found.mean, found.low, found.high) == (values.mean(), low, high)
+
+
+def test_intervals_need_little_memory_and_a_prompt() -> None:
+    tracemalloc.start()
+    bootstrap_interval([0.0, 1.0] * 10_000)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 40 << 20  # 1.2 GB with all draws at once
+    with pytest.raises(ValueError, match="no prompt to take a mean over"):
+        bootstrap_interval([])

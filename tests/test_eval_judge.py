@@ -4,13 +4,14 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from flowrl.evaluation.generations import Generation
-from flowrl.evaluation.judge import JudgeSettings, judge_all
+from flowrl.evaluation.judge import SCORE, JudgeSettings, judge_all
 from flowrl.evaluation.results import Answers
 from flowrl.evaluation.tasks import EvalPrompt
 from flowrl.tasks import Prompt
@@ -117,6 +118,42 @@ def test_judge_sees_whole_responses_and_its_answers_are_kept(
     }
     assert len(server.requests) == 3 and server.keys[-1] is None
     assert len(rows_of(tmp_path)) == 3
+
+
+def test_other_responses_are_judged_anew(server: Server, tmp_path: Path) -> None:
+    first, other = answers_of("a"), answers_of("a")
+    judge_all(tmp_path, [first], judge_of(server))
+    other.samples[1] = replace(other.samples[1], response="another")
+    for answers, num_requests in ((first, 1), (other, 2), (other, 2), (first, 2)):
+        assert judge_all(tmp_path, [answers], judge_of(server)) == {("task", "a"): 4.0}
+        assert len(server.requests) == num_requests
+    rows = rows_of(tmp_path)
+    assert len({row["request_hash"] for row in rows}) == 2
+    # A row that does not say of which responses it is counts for none.
+    del rows[0]["request_hash"]
+    (tmp_path / "judge.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    judge_all(tmp_path, [first], judge_of(server))
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "scores"),
+    [
+        ("Score: 4.", ["4"]),
+        ("Score: <4>", ["4"]),
+        ("**Score:** [4]", ["4"]),
+        ("**Score**: (4)", ["4"]),
+        ("Score: 4/5", ["4"]),
+        ("Score: 2, no, score = 3", ["2", "3"]),
+        ("Score: 4.5", []),
+        ("Score: 45", []),
+        ("Score: 9", []),
+        ("Score: <1 to 5>", []),
+        ("Score: 1-5", []),
+    ],
+)
+def test_score_of_an_answer(answer: str, scores: list[str]) -> None:
+    assert SCORE.findall(answer) == scores
 
 
 def test_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from eval_samples import write_rows
 from torch import Tensor
 from training_samples import cli, refused
 
+from flowrl.evaluation import grade
 from flowrl.evaluation.engine import build_engine, find_model, fingerprint
 from flowrl.evaluation.generations import (
     Generation,
@@ -23,7 +24,7 @@ from flowrl.evaluation.generations import (
 )
 from flowrl.evaluation.grade import GradingSettings
 from flowrl.evaluation.results import powers_of_two
-from flowrl.evaluation.run import regrade
+from flowrl.evaluation.run import evaluate, regrade
 from flowrl.evaluation.settings import EvalSettings, keep_settings, load_settings
 from flowrl.evaluation.tasks import load_task
 from flowrl.policy.pretrained import load_tokenizer
@@ -221,9 +222,19 @@ def test_generations_of_other_prompts_are_refused(
     path.write_bytes((evaluated[0] / "generations.jsonl").read_bytes())
     settings = settings_of(tiny_sums)
     prompts = load_task("sums", settings)
-    assert keep_whole_batches(path, plan_batches([prompts], settings)) == 3
+    own, batches = fingerprint(tiny_sums), plan_batches([prompts], settings)
+    assert keep_whole_batches(path, batches, own) == 3
     with pytest.raises(ValueError, match="line 1: is of .*the prompts have changed"):
-        keep_whole_batches(path, plan_batches([prompts[::-1]], settings))
+        keep_whole_batches(path, plan_batches([prompts[::-1]], settings), own)
+    with pytest.raises(ValueError, match=r"line 25: is of .*there are no such prompts"):
+        keep_whole_batches(path, batches[:2], own)
+    with pytest.raises(ValueError, match=f"line 1: is by model '{own}' with seed .*, not by 'x'"):
+        keep_whole_batches(path, batches, "x")
+    others = plan_batches([prompts], replace(settings, seed=3))
+    with pytest.raises(
+        ValueError, match=f"with seed {batches[0].seed}, not .*{others[0].seed}: name"
+    ):
+        keep_whole_batches(path, others, own)
     path.write_bytes(b"{}\n")
     with pytest.raises(ValueError, match="line 1: not a generation"):
         read_generations(path)
@@ -239,6 +250,62 @@ def test_settings_protect_the_generations(evaluated: tuple[Path, str], tiny_sums
     assert "seed 0 -> 1" in message and "--output" in message
 
 
+def test_generations_need_their_settings(tiny_sums: Path, tmp_path: Path) -> None:
+    (tmp_path / "generations.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"generations without their settings.json: restore it"):
+        keep_settings(tmp_path, settings_of(tiny_sums))
+    path = tmp_path / "settings.json"
+    for text, message in (
+        ("{", r"settings.json: cannot be read as JSON"),
+        ("[]", r"settings.json: holds \[\]: restore it"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_settings(tmp_path)
+    values = asdict(settings_of(tiny_sums))
+    for change in ({"n": "x"}, {"tasks": 3}, {"top_p": 2.0}):
+        path.write_text(json.dumps({**values, **change}))
+        with pytest.raises(
+            ValueError, match=r"settings.json: .*; restore it, or remove the folder"
+        ):
+            load_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": math.inf}, "--temperature is inf: give a number above 0"),
+        ({"temperature": math.nan}, "--temperature is nan"),
+        ({"max_num_seqs": 0}, "--max-num-seqs is 0: give 1 or more"),
+        ({"max_num_seqs": -3}, "--max-num-seqs is -3"),
+    ],
+)
+def test_settings_out_of_range(tiny_sums: Path, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings_of(tiny_sums, **change)
+
+
+def test_graders_are_tried_before_anything_is_generated(
+    tiny_sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="--num-workers is 0: give 1 or more"):
+        GradingSettings(num_workers=0)
+    for timeout_s in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"--timeout is {timeout_s}: give a number of seconds"):
+            GradingSettings(timeout_s=timeout_s)
+    missing = {"expression": f"{tmp_path / 'grader.py'}:compute_score"}
+    monkeypatch.setattr(grade, "FUNCTIONS", missing)
+    with pytest.raises(ValueError, match=r"there is no file .*grader.py"):
+        evaluate(
+            tmp_path / "out",
+            settings_of(tiny_sums),
+            tiny_sums,
+            "cpu",
+            GradingSettings(num_workers=1),
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_regrading_needs_no_model(evaluated: tuple[Path, str], tmp_path: Path) -> None:
     folder, first_out = evaluated
     for name in ("settings.json", "generations.jsonl"):
@@ -248,8 +315,10 @@ def test_regrading_needs_no_model(evaluated: tuple[Path, str], tmp_path: Path) -
     assert results_of(tmp_path) == results_of(folder)
     assert out.replace(str(tmp_path), str(folder)) == first_out
     path = tmp_path / "generations.jsonl"
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:13]))
+    kept = b"".join(path.read_bytes().splitlines(keepends=True)[:13])
+    path.write_bytes(kept)
     assert "holds 1 of 3 batches" in refused("eval", "--regrade", tmp_path)
+    assert path.read_bytes() == kept
 
 
 def math_folder(tiny_sums: Path, folder: Path) -> EvalSettings:
@@ -261,14 +330,17 @@ def math_folder(tiny_sums: Path, folder: Path) -> EvalSettings:
         "2024-I-2": ["Answer: 27", r"Answer: \boxed{27}", "no", "Answer: 28"],
     }
     lines = []
-    for prompt in load_task("aime24", settings):
+    keep_settings(folder, settings)
+    prompts = load_task("aime24", settings)
+    (batch,) = plan_batches([prompts], settings)
+    for prompt in prompts:
         for sample, response in enumerate(responses[prompt.prompt_id]):
             place = {"task": "aime24", "prompt_id": prompt.prompt_id, "decoding": "sample"}
-            made = {"sample": sample, "prompt": "", "prompt_hash": prompt.hash, "seed": 0}
+            made = {"sample": sample, "prompt": "", "prompt_hash": prompt.hash, "seed": batch.seed}
             end = {"response": response, "finish_reason": "stop", "num_tokens": 3}
-            lines.append(json.dumps({**place, **made, **end, "logprob_sum": -1.0, "model": ""}))
+            by = {"logprob_sum": -1.0, "model": settings.fingerprint}
+            lines.append(json.dumps({**place, **made, **end, **by}))
     (folder / "generations.jsonl").write_text("\n".join(lines) + "\n")
-    keep_settings(folder, settings)
     return settings
 
 
@@ -336,6 +408,12 @@ def test_find_model_and_fingerprint(tiny_sums: Path, tmp_path: Path) -> None:
     changed[-1] ^= 1
     weights.write_bytes(changed)
     assert fingerprint(copy) != fingerprint(tiny_sums)
+    (copy / "README.md").write_text("Not read.")
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        before = fingerprint(copy)
+        with (copy / name).open("a") as file:
+            file.write(" ")
+        assert fingerprint(copy) != before, name
     checkpoint = tmp_path / "global_step_3"
     checkpoint.mkdir()
     copy.rename(checkpoint / "hf")

@@ -113,6 +113,38 @@ def test_bad_data_is_refused_with_its_place(tmp_path: Path) -> None:
         load_benchmark("minerva", tmp_path, template="no place")
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("humanevalplus", {"prompt": ["def f"]}, r"column 'prompt' is \['def f'\]: give a text"),
+        ("codeforces", {"official_tests": [{"input": "5"}]}, "'official_tests', item 0 is"),
+        ("codeforces", {"official_tests": "5"}, "'official_tests' is '5': give a list"),
+        ("codeforces", {"official_tests": []}, "official_tests is empty"),
+        ("codeforces", {"official_tests": None}, "'official_tests' is missing or null"),
+        ("codeforces", {"examples": "5"}, "'examples' is '5': give a list"),
+        ("codeforces", {"examples": ["5"]}, "'examples', item 0 is '5': give an object"),
+        ("codeforces", {"input_format": 5}, "column 'input_format' is 5: give a text"),
+        ("livecodebench", {"starter_code": 5}, "column 'starter_code' is 5: give a text"),
+        ("aime24", {"Answer": float("nan")}, "the answer is nan: correct or drop the row"),
+        ("aime24", {"Answer": [None]}, r"the answer is \[None\]: correct"),
+    ],
+)
+def test_bad_rows_are_refused_with_their_place(
+    name: str, change: dict, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text(json.dumps(ROWS[name][0] | change) + "\n")
+    with pytest.raises(ValueError, match=rf"{name}.jsonl, line 1: .*{message}"):
+        load_benchmark(name, tmp_path)
+
+
+def test_an_id_of_zero_is_an_id(tmp_path: Path) -> None:
+    rows = [ROWS["aime24"][0] | {"ID": name} for name in (1, 0, None, "")]
+    (tmp_path / "aime24.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ids = [p.extra_info["id"] for p in load_benchmark("aime24", tmp_path)]
+    assert ids == ["1", "0", "2", "3"]
+
+
 PROGRAMS = {
     "livecodebench": [
         ("print(sum(map(int, input().split())))", "print(3)"),

@@ -1,5 +1,6 @@
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -106,6 +107,14 @@ def test_draws_do_not_depend_on_the_number_of_workers(functions):
             scores.append([r.score for r in score(pool, *"abcdefgh")])
     assert scores[0] == scores[1]
     assert len(set(scores[0])) == 8
+
+
+def test_draws_are_seeded_by_the_response(functions):
+    with RewardPool(f"{functions}:draws", num_workers=1) as pool:
+        results = score(pool, "a\u00e9", "cut \ud83d")  # half of a character, as a model may end
+    assert [result.failure for result in results] == [None, None]
+    random.seed("a\u00e9")
+    assert results[0].score == random.random()
 
 
 def test_empty_batch():

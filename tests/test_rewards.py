@@ -239,7 +239,10 @@ def test_expression(solution, truth, expected):
     [
         ({"numbers": [1]}, "expected"),
         ({"target": "x"}, "expected"),
-        ("x", "Expecting value"),
+        (
+            "abc",
+            r"ground_truth 'abc' is neither a number nor JSON \(Expecting value.*the target alone",
+        ),
         ({"target": 1, "use": "any"}, "choose 'all' or 'some'"),
         ({"target": 1, "numbers": [-2, 3]}, "0 or more"),
     ],

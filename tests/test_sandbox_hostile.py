@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flowrl.rewards import RewardPool, RewardRequest
+from flowrl.rewards import RewardPool, RewardRequest, auto
 from flowrl.rewards.sandbox.client import Limits, Sandbox, isolation_level, open_sandbox
 from flowrl.rewards.sandbox.confine import LEVELS
 
@@ -362,6 +362,24 @@ def test_a_kernel_without_the_means_is_refused_with_the_reason(
     with pytest.raises(ValueError, match="namespaces: OSError: no such calls; landlock: OSError"):
         open_sandbox()
     assert isolation_level().level is None
+    # Rows of mixed origin need it only if there is a program among them.
+    monkeypatch.setattr("flowrl.rewards.code._sandboxes", {})
+    auto.warm_up()
+    auto.check_rows([("math", None), ("x", {"reward": "numeric", "code": None})])
+    with pytest.raises(ValueError, match="cannot be isolated at level 'landlock'"):
+        auto.check_rows([("math", None), ("taco", {"code": {"max_tests": 3}})])
+    with pytest.raises(ValueError, match=r"extra_info\['code'\] is 5"):
+        auto.check_rows([("taco", {"code": 5})])
+    with pytest.raises(ValueError, match="no reward is known for data_source 'x'"):
+        auto.check_rows([("x", None)])
+
+
+def test_the_sandbox_is_there_before_the_first_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandboxes: dict[str, Sandbox] = {}
+    monkeypatch.setattr("flowrl.rewards.code._sandboxes", sandboxes)
+    auto.warm_up()
+    sandboxes.pop("landlock").close()
+    auto.check_rows([("x", {"reward": "code", "code": {"isolation": "landlock"}})])
 
 
 def test_without_namespaces_it_is_landlock_and_a_warning(

@@ -32,6 +32,7 @@ COLUMNS = {
 }
 # Student's t at 97.5 %, by the number of values.
 T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
+MAX_SEEDS = max(T_QUANTILES)
 
 
 class Interval(NamedTuple):
@@ -53,7 +54,7 @@ def t_interval(values: Sequence[float]) -> Interval:
     if num == 1:
         return Interval(values[0], math.nan, 1)
     if num not in T_QUANTILES:
-        raise ValueError(f"{num} seeds: give 1 to {max(T_QUANTILES)}")
+        raise ValueError(f"{num} seeds: give 1 to {MAX_SEEDS}")
     return Interval(mean(values), T_QUANTILES[num] * stdev(values) / math.sqrt(num), num)
 
 

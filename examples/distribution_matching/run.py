@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 from exact import Cells, answer_measures, cell_logprobs, cells_of, divergence, right_logprobs
 from methods import GROUP_SIZE, METHODS, Method
-from report import Record, choose_rates, write_report
+from report import MAX_SEEDS, Record, choose_rates, write_report
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -292,6 +292,8 @@ def main(
 ) -> None:
     if unknown := set(methods) - set(METHODS):
         raise typer.BadParameter(f"no method {sorted(unknown)}; there are {', '.join(METHODS)}")
+    if not 1 <= seeds <= MAX_SEEDS:
+        raise typer.BadParameter(f"--seeds is {seeds}; give 1 to {MAX_SEEDS}, as the t table has")
     tuned_on = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tuning_seeds)
     homes = {seed: folder / "policies" / f"seed{seed}" for seed in (*tuned_on, *range(seeds))}
 

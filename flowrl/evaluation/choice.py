@@ -3,15 +3,21 @@ r"""Multiple choice: the letter that a response names last."""
 import re
 from typing import Any
 
-# "Answer: B", "answer is (B)", "**Answer:** \boxed{\text{B}}"; or a box with one letter.
-_TEXT = r"(?:\\(?:text|mathrm|textbf)\s*\{)?"
-_LETTER = rf"[\s*$(\[]*(?:\\boxed\s*\{{)?{_TEXT}[\s*$(]*([A-Z])(?![A-Za-z])"
-NAMED = re.compile(rf"(?i:answer|choice|option)\s*[*_]*\s*(?::|is)[*_]*{_LETTER}")
-BOXED = re.compile(rf"\\boxed\s*\{{\s*{_TEXT}[\s(]*([A-Z])[)\s}}.]")
+# "Answer: B", "the answer is option B", "**Answer:** \boxed{\text{B}}"; or a box that begins with
+# a letter, as \boxed{B: 25}. What may stand before the letter, bounded, since without a bound a
+# response of many "\boxed{" takes minutes:
+_OPENING = (
+    r"(?:[\s*_$(\[{]|\\[(\[]|(?i:option|choice)\b"
+    r"|\\(?:boxed|text|textbf|textrm|mathrm|mathbf|mathsf|boldsymbol|bm|bf|rm)\b){0,24}"
+)
+NAMED = re.compile(
+    rf"(?i:answer|choice|option)[\s*_]*(?:(?i:is)\s*:?|:){_OPENING}([A-D])(?![A-Za-z])"
+)
+BOXED = re.compile(rf"\\boxed\s*\{{{_OPENING}([A-D])[:)\s}}.$]")
 
 
 def last_letter(response: str) -> str:
-    r"""The capital letter after the last "Answer:" or in the last \boxed{}, "" if there is none."""
+    r"""The letter A to D after the last "Answer:" or in the last \boxed{}, "" if there is none."""
     found = [(m.start(1), m[1]) for m in (*NAMED.finditer(response), *BOXED.finditer(response))]
     return max(found)[1] if found else ""
 

@@ -19,6 +19,13 @@ from flowrl.rollout.transformers import TransformersEngine
 from flowrl.settings import RolloutConfig
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
+# What decides beside the weights which text is generated: the model's form, how a prompt becomes
+# tokens, and where a response ends.
+TEXT_FILES = (
+    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "tiktoken.model"),
+)
 READ_BYTES = 1 << 24
 VLLM_MEMORY = 0.9  # share of the GPU, which nothing else uses here
 
@@ -50,10 +57,11 @@ def find_model(source: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits of the names and contents of a model's weights and config.json."""
+    """16 hex digits of the names and contents of a model's weights, configuration and tokenizer."""
     files = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    texts = [path for name in TEXT_FILES if (path := folder / name).is_file()]
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *files]:
+    for path in [*texts, *files]:
         digest.update(path.name.encode() + b"\0")
         with path.open("rb") as file:
             while block := file.read(READ_BYTES):

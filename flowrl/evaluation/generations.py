@@ -112,28 +112,49 @@ def read_generations(path: Path) -> list[Generation]:
     return generations
 
 
-def keep_whole_batches(path: Path, batches: Sequence[Batch]) -> int:
-    """Cut a file behind its last whole batch; return how many of `batches` it holds.
+def count_whole_batches(path: Path, batches: Sequence[Batch], fingerprint: str) -> tuple[int, int]:
+    """How many of `batches` a file holds whole, and in how many lines.
 
-    Raises ValueError if its lines are not those of the plan.
+    Raises ValueError if its lines are not those of the plan, by the model of that fingerprint.
     """
     if not path.exists():
-        return 0
-    written = [(generation.key, generation.prompt_hash) for generation in read_generations(path)]
+        return 0, 0
+    written = read_generations(path)
     num_batches = num_lines = 0
     for batch in batches:
         expected = batch.lines
         found = written[num_lines : num_lines + len(expected)]
-        for line, (own, planned) in enumerate(zip(found, expected, strict=False)):
-            if own != planned:
+        for line, (own, planned) in enumerate(zip(found, expected, strict=False), num_lines + 1):
+            if (own.key, own.prompt_hash) != planned:
                 raise ValueError(
-                    f"{path}, line {num_lines + line + 1}: is of {own}, not {planned}: the prompts "
-                    "have changed since; name another --output"
+                    f"{path}, line {line}: is of {own.key, own.prompt_hash}, not {planned}: the "
+                    "prompts have changed since; name another --output"
+                )
+            if (own.model, own.seed) != (fingerprint, batch.seed):
+                raise ValueError(
+                    f"{path}, line {line}: is by model {own.model!r} with seed {own.seed}, not by "
+                    f"{fingerprint!r} with {batch.seed}: name another --output"
                 )
         if len(found) < len(expected):
-            break
+            return num_batches, num_lines
         num_lines += len(expected)
         num_batches += 1
+    if len(written) > num_lines:
+        raise ValueError(
+            f"{path}, line {num_lines + 1}: is of {written[num_lines].key}, and there are no such "
+            "prompts: they have changed since; name another --output"
+        )
+    return num_batches, num_lines
+
+
+def keep_whole_batches(path: Path, batches: Sequence[Batch], fingerprint: str) -> int:
+    """Cut a file behind its last whole batch; return how many of `batches` it holds.
+
+    Raises ValueError as `count_whole_batches`.
+    """
+    num_batches, num_lines = count_whole_batches(path, batches, fingerprint)
+    if not path.exists():
+        return 0
     with path.open("r+b") as file:
         for _ in range(num_lines):
             file.readline()
@@ -155,7 +176,7 @@ def generate(
     context_length: of the model, None if it names none. Raises ValueError when a prompt and
     max_tokens exceed it, before anything is generated.
     """
-    num_done = keep_whole_batches(path, batches)
+    num_done = keep_whole_batches(path, batches, settings.fingerprint)
     rest = batches[num_done:]
     if num_done:
         logger.info("%d of %d batches are in %s", num_done, len(batches), path)

@@ -6,6 +6,7 @@ by side are the point: on the same responses DAPO's rule and math-verify differ 
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from flowrl.evaluation.generations import Generation, Key
 from flowrl.evaluation.tasks import EvalPrompt
 from flowrl.files import write_whole
 from flowrl.rewards import RewardPool, RewardRequest, RewardResult
-from flowrl.rewards.answer import answer_text
+from flowrl.rewards.answer import answer_text, first_part
 from flowrl.rewards.auto import BY_NAME
 from flowrl.rewards.numeric import last_number
 from flowrl.tasks.benchmarks import ALL_TESTS_SECONDS
@@ -31,8 +32,8 @@ FUNCTIONS = {
     "choice": "flowrl.evaluation.choice:compute_score",
     **{name: name for name in BY_NAME if name != "math_verify"},
 }
-# These say in extra["pred"] what they took for the answer; programs ("code") have no answer, and
-# the others judge rewards.answer.answer_text.
+# These say in extra["pred"] what they took for the answer. Of the others, "exact" judges
+# rewards.answer.first_part, and the rest rewards.answer.answer_text.
 NAMES_ANSWER = ("math_verify", "dapo_math", "choice")
 CLASSIFIER = "flowrl.evaluation.math_answers:classify"
 # Above what the program's tests may take in all, which the benchmarks say themselves.
@@ -50,6 +51,12 @@ class GradingSettings:
 
     num_workers: int = 2
     timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ValueError(f"--num-workers is {self.num_workers}: give 1 or more")
+        if not 0 < self.timeout_s < math.inf:
+            raise ValueError(f"--timeout is {self.timeout_s}: give a number of seconds above 0")
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,17 @@ class Grade:
 
 # By grader, then by response.
 Grades = dict[str, dict[Key, Grade]]
+
+
+def try_graders(prompts: Sequence[EvalPrompt], settings: GradingSettings) -> None:
+    """Start and end a worker of every grader, so that none is refused after the generation.
+
+    Raises ValueError for one that cannot start, such as `code` where no sandbox works.
+    """
+    needed = {grader for prompt in prompts for grader in prompt.graders}
+    for grader, function in FUNCTIONS.items():
+        if grader in needed:
+            RewardPool(function, 1, settings.timeout_s).close()
 
 
 def grade_all(
@@ -113,13 +131,19 @@ def _to_grade(grader: str, request: RewardRequest, result: RewardResult) -> Grad
     return Grade(is_correct, answer, answer, result.failure)
 
 
+def names_answers(grader: str) -> bool:
+    """Whether the grader's responses have an answer at all; programs have none."""
+    return grader != "code"
+
+
 def answer_of(grader: str, request: RewardRequest, result: RewardResult) -> str | None:
     """What the grader took for the answer."""
-    if grader == "code":
+    if not names_answers(grader):
         return None
     if grader in NAMES_ANSWER:
         return str(result.extra.get("pred", "")) or None  # a failure has no extras
-    text = answer_text(request.solution, request.extra_info)
+    read = first_part if grader == "exact" else answer_text
+    text = read(request.solution, request.extra_info)
     if grader == "numeric":
         number = last_number(text)
         return None if number is None else str(number)

@@ -1,10 +1,12 @@
 """An optional judge: a language model behind an OpenAI-compatible endpoint rates the diversity.
 
 Every prompt with two or more sampled responses is one request, which shows all responses in full.
-Answers are kept in judge.jsonl as they come, so a judged prompt is never paid for twice. A request
-that fails is kept as failed and scores nothing; it is asked again the next time.
+Answers are kept in judge.jsonl as they come, each with a hash of the request, so the same responses
+are never paid for twice and others are never given their score. A request that fails is kept as
+failed and scores nothing; it is asked again the next time.
 """
 
+import hashlib
 import http.client
 import json
 import logging
@@ -41,7 +43,10 @@ Problem:
 {problem}
 
 {responses}"""
-SCORE = re.compile(r"score\s*[:=]\s*\**\s*([1-5])(?![0-9.])", re.IGNORECASE)
+# "Score: 4.", "**Score**: <4>"; neither "4.5" nor the "<1 to 5>" of the rubric.
+SCORE = re.compile(
+    r"score[\s*_]*[:=][\s*_`]*[<\[(]?([1-5])(?![0-9]|\.[0-9]|\s*(?:to|-)\s*[0-9])", re.IGNORECASE
+)
 MAX_REPLY_BYTES = 1 << 20
 
 
@@ -73,8 +78,10 @@ def judge_all(
 ) -> dict[tuple[str, str], float]:
     """Scores 1 to 5 by (task, prompt id), of the prompts that the judge could score."""
     path = folder / JUDGE_FILE
-    scores = _kept_scores(path, settings.model)
-    todo = [a for a in answers if len(a.samples) > 1 and _place(a) not in scores]
+    kept = _kept_scores(path, settings.model)
+    judged = [(a, _request_hash(a)) for a in answers if len(a.samples) > 1]
+    scores = {_place(a): kept[own] for a, own in judged if own in kept}
+    todo = [a for a, own in judged if own not in kept]
     num_failed = 0
     # "a": failures stay on record; the later line of a prompt counts.
     with ThreadPoolExecutor(settings.num_workers) as pool, path.open("a", encoding="utf-8") as file:
@@ -98,7 +105,20 @@ def _place(answers: Answers) -> tuple[str, str]:
     return answers.prompt.task, answers.prompt.prompt_id
 
 
-def _kept_scores(path: Path, model: str) -> dict[tuple[str, str], float]:
+def _request_text(answers: Answers) -> str:
+    problem = answers.prompt.prompt.messages[-1]["content"]
+    parts = [f"Response {i + 1}:\n{g.response}" for i, g in enumerate(answers.samples)]
+    return RUBRIC.format(n=len(parts), problem=problem, responses="\n\n".join(parts))
+
+
+def _request_hash(answers: Answers) -> str:
+    """16 hex digits of what the judge is shown of a prompt and its responses."""
+    text = _request_text(answers).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def _kept_scores(path: Path, model: str) -> dict[str, float]:
+    """Scores by the hash of the request; rows without one are of unknown responses."""
     if not path.exists():
         return {}
     whole = path.read_bytes()
@@ -107,26 +127,24 @@ def _kept_scores(path: Path, model: str) -> dict[tuple[str, str], float]:
         path.write_bytes(whole)
     rows = [json.loads(line) for line in whole.splitlines()]
     return {
-        (row["task"], row["prompt_id"]): float(row["score"])
+        row["request_hash"]: float(row["score"])
         for row in rows
-        if row["judge"] == model and row["score"] is not None
+        if row["judge"] == model and row["score"] is not None and "request_hash" in row
     }
 
 
 def _judge(answers: Answers, settings: JudgeSettings) -> dict[str, Any]:
-    problem = answers.prompt.prompt.messages[-1]["content"]
-    parts = [f"Response {i + 1}:\n{g.response}" for i, g in enumerate(answers.samples)]
-    text = RUBRIC.format(n=len(parts), problem=problem, responses="\n\n".join(parts))
     row = {
         "task": answers.prompt.task,
         "prompt_id": answers.prompt.prompt_id,
+        "request_hash": _request_hash(answers),
         "judge": settings.model,
         "score": None,
         "answer": None,
         "failure": None,
     }
     try:
-        row["answer"] = _ask(text, settings)
+        row["answer"] = _ask(_request_text(answers), settings)
     except JudgeFailed as failure:
         return {**row, "failure": str(failure)}
     found = SCORE.findall(row["answer"])

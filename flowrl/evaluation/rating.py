@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flowrl.intervals import NUM_RESAMPLES, Accuracy
+from flowrl.intervals import Accuracy, resamples
 
 LOWEST, HIGHEST = 0.0, 4000.0
 SCALE = 400.0
@@ -33,9 +33,10 @@ def estimate_rating(
         raise ValueError(f"{levels.size} difficulties, {rates.size} rates: give one rate a problem")
     if not ((rates >= 0) & (rates <= 1)).all():
         raise ValueError(f"solve_rates run from {rates.min()} to {rates.max()}: give shares")
-    draws = np.random.default_rng(seed).integers(0, len(levels), (NUM_RESAMPLES, len(levels)))
-    resampled = _solve(levels[draws], rates[draws].sum(axis=1))
-    low, high = np.percentile(resampled, [2.5, 97.5])
+    resampled = [
+        _solve(levels[draws], rates[draws].sum(axis=1)) for draws in resamples(len(levels), seed)
+    ]
+    low, high = np.percentile(np.concatenate(resampled), [2.5, 97.5])
     point = _solve(levels[None], rates.sum()[None])[0]
     return Accuracy(float(point), float(low), float(high))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from flowrl.diversity import answer_entropy, distinct_n, num_distinct, self_bleu, solution_form
 from flowrl.evaluation.estimators import majority_at_k, pass_at_k
 from flowrl.evaluation.generations import Generation
-from flowrl.evaluation.grade import Grade, Grades
+from flowrl.evaluation.grade import Grade, Grades, names_answers
 from flowrl.evaluation.rating import estimate_rating
 from flowrl.evaluation.tasks import EvalPrompt
 from flowrl.intervals import Accuracy, bootstrap_interval
@@ -17,7 +17,11 @@ BY_PROMPT = "by prompt"
 
 @dataclass(frozen=True)
 class GraderResult:
-    """What one grader says: avg@n, pass@k and maj@k by k (maj@k empty without answers), greedy."""
+    """What one grader says: avg@n, pass@k and maj@k by k, greedy.
+
+    maj@k and no_answer are those of the prompts whose answers can be compared: programs have none.
+    maj@k is empty without any answer.
+    """
 
     avg: Accuracy
     pass_at: dict[int, Accuracy]
@@ -101,7 +105,7 @@ def _summarise_group(
     names = members[0].prompt.graders
     if any(a.prompt.graders != names for a in members):
         names = (BY_PROMPT,)  # a file of mixed origin
-    graders = {name: _summarise_grader(members, _lookup(name, grades)) for name in names}
+    graders = {name: _summarise_grader(members, name, grades) for name in names}
     judged = [judge_scores[i] for a in members if (i := a.prompt.prompt_id) in judge_scores]
     return GroupResult(
         task=task,
@@ -125,10 +129,14 @@ def _lookup(name: str, grades: Grades) -> Callable[[Answers, Generation], Grade]
     return lambda a, g: grades[name][g.key]
 
 
-def _summarise_grader(
-    members: Sequence[Answers], verdict_of: Callable[[Answers, Generation], Grade]
-) -> GraderResult:
+def _has_answers(answers: Answers, name: str) -> bool:
+    """Whether the grader, or the one that counts for the prompt, names answers."""
+    return names_answers(answers.prompt.graders[0] if name == BY_PROMPT else name)
+
+
+def _summarise_grader(members: Sequence[Answers], name: str, grades: Grades) -> GraderResult:
     n = len(members[0].samples)
+    verdict_of = _lookup(name, grades)
     verdicts = [[verdict_of(a, g) for g in a.samples] for a in members]
     correct = [sum(v.is_correct for v in own) for own in verdicts]
     everything = [verdict_of(a, g) for a in members for g in (*a.samples, *a.greedy)]
@@ -136,13 +144,14 @@ def _summarise_grader(
     for verdict in everything:
         if verdict.failure is not None:
             failures[verdict.failure] = failures.get(verdict.failure, 0) + 1
+    voting = [own for a, own in zip(members, verdicts, strict=True) if _has_answers(a, name)]
     majority_at = {}
     if any(v.answer_class is not None for v in everything):
         majority_at = {
-            k: bootstrap_interval([_majority(own, k) for own in verdicts]) for k in powers_of_two(n)
+            k: bootstrap_interval([_majority(own, k) for own in voting]) for k in powers_of_two(n)
         }
     greedy = [float(verdict_of(a, g).is_correct) for a in members for g in a.greedy]
-    silent = sum(v.answer_class is None for own in verdicts for v in own)
+    silent = sum(v.answer_class is None for own in voting for v in own)
     return GraderResult(
         avg=bootstrap_interval([c / n for c in correct]),
         pass_at={
@@ -150,7 +159,7 @@ def _summarise_grader(
         },
         majority_at=majority_at,
         greedy=bootstrap_interval(greedy) if greedy else None,
-        no_answer=silent / (n * len(members)),
+        no_answer=silent / (n * len(voting)) if voting else 0.0,
         failures=failures,
     )
 
@@ -166,30 +175,43 @@ def _majority(verdicts: Sequence[Grade], k: int) -> float:
 
 
 def _diversity(members: Sequence[Answers], grades: Grades) -> dict[str, Accuracy]:
-    """Means over prompts of what flowrl/diversity.py measures, by the grader that counts."""
-    measures: dict[str, Callable[[list[Generation], list[Grade]], float]] = {
-        "distinct_correct_answers": lambda g, v: num_distinct(
+    """Means over prompts of what flowrl/diversity.py measures, by the grader that counts.
+
+    What is said of answers is a mean over the prompts that have any: programs have none.
+    """
+    of_answers: dict[str, Callable[[list[Grade]], float]] = {
+        "distinct_correct_answers": lambda v: num_distinct(
             [x.answer_class for x in v if x.is_correct]
         ),
+        "answer_entropy": lambda v: answer_entropy([x.answer_class for x in v]),
+        "effective_answers": lambda v: math.exp(answer_entropy([x.answer_class for x in v])),
+    }
+    measures: dict[str, Callable[[list[Generation], list[Grade]], float]] = {
         "distinct_correct_forms": lambda g, v: num_distinct(
             [solution_form(x.response) for x, y in zip(g, v, strict=True) if y.is_correct]
         ),
         "distinct_forms": lambda g, v: num_distinct([solution_form(x.response) for x in g]),
         "distinct_2": lambda g, v: distinct_n([x.response for x in g], 2),
-        "answer_entropy": lambda g, v: answer_entropy([x.answer_class for x in v]),
-        "effective_answers": lambda g, v: math.exp(answer_entropy([x.answer_class for x in v])),
     }
     if len(members[0].samples) > 1:
         measures["self_bleu"] = lambda g, v: self_bleu([x.response for x in g])
     verdict_of = _lookup(BY_PROMPT, grades)
     graded = [(a.samples, [verdict_of(a, g) for g in a.samples]) for a in members]
-    if not any(v.answer_class is not None for _, own in graded for v in own):
-        for name in ("distinct_correct_answers", "answer_entropy", "effective_answers"):
-            del measures[name]  # programs have no answers
-    return {
+    diversity = {
         name: bootstrap_interval([measure(*own) for own in graded])
         for name, measure in measures.items()
     }
+    answered = [
+        verdicts
+        for a, (_, verdicts) in zip(members, graded, strict=True)
+        if _has_answers(a, BY_PROMPT)
+    ]
+    if any(v.answer_class is not None for verdicts in answered for v in verdicts):
+        diversity |= {
+            name: bootstrap_interval([measure(v) for v in answered])
+            for name, measure in of_answers.items()
+        }
+    return diversity
 
 
 def _rating(members: Sequence[Answers], grades: Grades) -> Accuracy | None:

@@ -1,6 +1,6 @@
 """An evaluation from the model to the tables; every stage leaves its file in one folder.
 
-settings.json        what is generated, with the model's fingerprint
+settings.json        what is generated, with the fingerprint of the model and its tokenizer
 generations.jsonl    one line per response, written as they come
 grades.jsonl         every grader's verdict on every response
 disagreements.jsonl  the responses on which two graders disagree
@@ -16,12 +16,18 @@ from pathlib import Path
 
 from flowrl.evaluation.engine import build_engine, context_length
 from flowrl.evaluation.generations import (
+    count_whole_batches,
     generate,
-    keep_whole_batches,
     plan_batches,
     read_generations,
 )
-from flowrl.evaluation.grade import GradingSettings, grade_all, write_disagreements, write_grades
+from flowrl.evaluation.grade import (
+    GradingSettings,
+    grade_all,
+    try_graders,
+    write_disagreements,
+    write_grades,
+)
 from flowrl.evaluation.judge import JudgeSettings, judge_all
 from flowrl.evaluation.results import GroupResult, collect, summarise
 from flowrl.evaluation.settings import GENERATIONS_FILE, EvalSettings, keep_settings
@@ -49,6 +55,7 @@ def evaluate(
     tokenizer = load_tokenizer(str(model))
     tasks = [load_task(name, settings) for name in settings.tasks]
     batches = plan_batches(tasks, settings)
+    try_graders([prompt for task in tasks for prompt in task], grading)
     folder.mkdir(parents=True, exist_ok=True)
     keep_settings(folder, settings)
     generate(
@@ -74,7 +81,8 @@ def regrade(
     """
     tasks = [load_task(name, settings) for name in settings.tasks]
     batches = plan_batches(tasks, settings)
-    num_done = keep_whole_batches(folder / GENERATIONS_FILE, batches)
+    path = folder / GENERATIONS_FILE
+    num_done, _ = count_whole_batches(path, batches, settings.fingerprint)
     if num_done < len(batches):
         raise ValueError(
             f"{folder} holds {num_done} of {len(batches)} batches: let `flowrl eval` finish it "

@@ -1,6 +1,7 @@
 """What an evaluation generates, kept beside its generations so that they are never mixed."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -20,9 +21,10 @@ EngineName = Literal["transformers", "vllm"]
 class EvalSettings:
     """Everything that decides which responses are generated.
 
-    model: as given; fingerprint: of its files. tasks: names, see flowrl.evaluation.tasks; data: the
-    folder of the benchmarks. template: wording of benchmark prompts around {question}; None is the
-    benchmark's own. greedy: one more response per prompt, decoded greedily.
+    model: as given; fingerprint: of its weights, configuration and tokenizer. tasks: names, see
+    flowrl.evaluation.tasks; data: the folder of the benchmarks. template: wording of benchmark
+    prompts around {question}; None is the benchmark's own. greedy: one more response per prompt,
+    decoded greedily.
     """
 
     model: str
@@ -47,12 +49,16 @@ class EvalSettings:
             raise ValueError(f"--tasks is {','.join(self.tasks)!r}: name each task once")
         if not 1 <= self.n <= MAX_SAMPLES:
             raise ValueError(f"--n is {self.n}: give 1 to {MAX_SAMPLES} responses a prompt")
-        if not self.temperature > 0:
-            raise ValueError(f"--temperature is {self.temperature}: above 0; see also --greedy")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"--temperature is {self.temperature}: give a number above 0; see also --greedy"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p is {self.top_p}: give a share above 0, at most 1")
         if self.max_tokens < 1:
             raise ValueError(f"--max-tokens is {self.max_tokens}: give 1 or more")
+        if self.max_num_seqs < 1:
+            raise ValueError(f"--max-num-seqs is {self.max_num_seqs}: give 1 or more")
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}: give 0 or more")
         if self.limit is not None and self.limit < 1:
@@ -68,21 +74,37 @@ def load_settings(folder: Path) -> EvalSettings:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise ValueError(f"{folder} holds no evaluation (no {SETTINGS_FILE})")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: cannot be read as JSON ({error}): restore it, or remove the folder"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds {values!r:.80}: restore it, or remove the folder")
     names = {field.name for field in fields(EvalSettings)}
     if values.keys() != names:
         raise ValueError(
             f"{path}: missing or unknown {sorted(values.keys() ^ names)}: it is of another version"
         )
-    return EvalSettings(**{**values, "tasks": tuple(values["tasks"])})
+    try:
+        return EvalSettings(**{**values, "tasks": tuple(values["tasks"])})
+    except (TypeError, ValueError) as error:  # a value of another type, or out of range
+        raise ValueError(f"{path}: {error}; restore it, or remove the folder") from error
 
 
 def keep_settings(folder: Path, settings: EvalSettings) -> None:
     """Write the settings; where generations are kept, check that their settings are the same.
 
-    Raises ValueError naming the settings that differ from those of the generations in the folder.
+    Raises ValueError naming the settings that differ from those of the generations in the folder,
+    and if the settings of the generations are not there.
     """
-    if (folder / SETTINGS_FILE).exists() and (folder / GENERATIONS_FILE).exists():
+    if (folder / GENERATIONS_FILE).exists():
+        if not (folder / SETTINGS_FILE).exists():
+            raise ValueError(
+                f"{folder} holds generations without their {SETTINGS_FILE}: restore it, or name "
+                "another --output"
+            )
         kept, asked = asdict(load_settings(folder)), asdict(settings)
         changed = [k for k in asked if k not in PLACES and kept[k] != asked[k]]
         if changed:

@@ -1,10 +1,12 @@
 """One reward for files of mixed origin: chosen per row by its data_source, as veRL does."""
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from flowrl.rewards import code, dapo_math, exact, expression, gym, math_verify, numeric
+from flowrl.rewards.sandbox.client import open_sandbox
 
 # The functions a row may name itself, in extra_info["reward"] or as its data_source.
 BY_NAME: dict[str, Callable[..., Any]] = {
@@ -63,10 +65,23 @@ BY_PREFIX: dict[str, str] = {
 
 
 def warm_up() -> None:
-    """Imports those of the optional packages that are installed; rows may need any of them."""
+    """Starts what rows may need and this machine has: optional packages, and the sandbox."""
     for package, reward in (("math_verify", math_verify), ("reasoning_gym", gym)):
         if importlib.util.find_spec(package) is not None:
             reward.warm_up()
+    with contextlib.suppress(ValueError):  # no sandbox works: rows of programs will say so
+        code.warm_up()
+
+
+def check_rows(rows: Iterable[tuple[str, dict | None]]) -> None:
+    """Raises ValueError if a row (data_source, extra_info) has no reward that works here."""
+    levels = {
+        code.read_options(extra_info).isolation
+        for data_source, extra_info in rows
+        if route(data_source, extra_info) == "code"
+    }
+    for level in levels:
+        open_sandbox(level).close()
 
 
 def route(data_source: str, extra_info: dict | None) -> str:

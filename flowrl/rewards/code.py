@@ -3,10 +3,11 @@
 The verdict is made where no program is: what a program prints, and what its functions return as
 plain values, is compared in this process; checks written in Python, as HumanEval's, run in a
 process of their own, to which the program's functions are calls over a pipe. A program never holds
-an expected value, so all that it can do about its verdict is to be right.
+an expected value, so all that it can do about its verdict is to satisfy the tests.
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass, fields
 from typing import Any
@@ -29,9 +30,18 @@ class Options:
     isolation: str = "landlock"  # the weakest level to accept; see sandbox/confine.py
 
     def __post_init__(self) -> None:
-        for name in ("time_limit_s", "total_time_limit_s", "memory_limit_mb"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"extra_info['code'][{name!r}] is {getattr(self, name)!r}")
+        for name in ("time_limit_s", "total_time_limit_s"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(
+                    f"extra_info['code'][{name!r}] is {value!r}; give a number of seconds above 0"
+                )
+        for name, least in (("memory_limit_mb", 1), ("max_tests", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(
+                    f"extra_info['code'][{name!r}] is {value!r}; give a whole number >= {least}"
+                )
         if self.score not in ("all", "fraction"):
             raise ValueError(f"extra_info['code']['score'] is {self.score!r}; all or fraction")
 
@@ -59,7 +69,7 @@ def compute_score(
     Raises ValueError for an unknown form or option, or if the required level of isolation does not
     work here; SandboxError, a RuntimeError, if the sandbox itself ends.
     """
-    options = _read_options(extra_info)
+    options = read_options(extra_info)
     tests = read_tests(ground_truth)
     code = extract_program(solution_str)
     if isinstance(tests, CheckTests):
@@ -67,6 +77,7 @@ def compute_score(
     else:
         tests = _longest(tests, options.max_tests)
         num_tests = len(tests)
+    assert num_tests > 0  # else every program would pass
     level, passed, reason, message = "", 0, "no_code", ""
     if code is not None:
         sandbox = _sandbox(options.isolation)
@@ -90,7 +101,8 @@ def compute_score(
     }
 
 
-def _read_options(extra_info: dict | None) -> Options:
+def read_options(extra_info: dict | None) -> Options:
+    """The options of a row. Raises ValueError for an unknown one, or a value out of range."""
     given = (extra_info or {}).get("code") or {}
     known = {item.name for item in fields(Options)}
     if not isinstance(given, dict) or not given.keys() <= known:
@@ -167,10 +179,8 @@ def _check(
     sandbox: Sandbox, code: str, tests: CheckTests, options: Options
 ) -> tuple[int, str, str]:
     limits = _limits(options, options.total_time_limit_s)
-    program = f"{tests.prompt}\n{code}" if tests.prompt else code
-    finished = sandbox.check(program, tests.setup, tests.checks, tests.functions, limits)
-    passed = json.loads(finished.result) if finished.result else []
-    num_passed = sum(passed)
+    finished = sandbox.check(code, tests.setup, tests.checks, tests.functions, limits, tests.prompt)
+    num_passed = sum(json.loads(finished.result))
     if num_passed == len(tests.checks):
         return num_passed, "passed", ""
     return num_passed, finished.reason or "wrong_answer", _last_line(finished.error)

@@ -6,13 +6,16 @@ from decimal import Decimal
 from itertools import zip_longest
 from typing import Any
 
-LANGUAGES = {"", "python", "python3", "py", "py3", "python 3"}
+LANGUAGES = {"", "python", "python3", "py", "py3"}
 FENCE = "```"
+# With what stands before it: the markers of a list, whose text is indented as far.
+OPENING = re.compile(r"((?:[ \t]*(?:[-*+]|[0-9]{1,9}[.)])(?=[ \t]))*[ \t]*)```([^`]*)")
 
 # Of a number with a decimal point, absolute below 1 and relative above, as Codeforces' usual
 # checker has it.
 TOLERANCE = 1e-6
 NUMBER = re.compile(r"[-+]?(?:[0-9]+(\.[0-9]*)?|(\.[0-9]+))(e[-+]?[0-9]{1,4})?", re.IGNORECASE)
+LEADING_ZERO = re.compile(r"[-+]?0[0-9]")
 MAX_NUMBER_CHARACTERS = 400
 TOKEN = re.compile(r"\S+")
 
@@ -21,23 +24,26 @@ def extract_program(solution_str: str) -> str | None:
     """The last complete fenced block that is marked as Python or not marked; None without one.
 
     A block that is marked as Python goes before a later one without a mark, which may be an example
-    of output. What stands before the last `</think>` is not searched. A block that is not closed is
-    a response that was cut off.
+    of output. The mark is the first word after the fence. Lines lose as much space at their start
+    as the fence has, as Markdown has it. What stands before the last `</think>` is not searched. A
+    block that is not closed is a response that was cut off.
     """
     text = solution_str.rpartition("</think>")[2]
     blocks: dict[bool, str] = {}
-    language, lines = None, []
-    for line in text.splitlines():
-        mark = line.strip()
+    language, width, lines = None, 0, []
+    for ended_line in text.split("\n"):  # splitlines() would also cut inside of strings
+        line = ended_line.removesuffix("\r")
         if language is None:
-            if mark.startswith(FENCE):
-                language, lines = mark.removeprefix(FENCE).strip().lower(), []
-        elif mark == FENCE:
+            if opening := OPENING.fullmatch(line):
+                language = "".join(opening[2].split()[:1]).lower()
+                width, lines = len(opening[1]), []
+        elif line.strip() == FENCE:
             if language in LANGUAGES:
                 blocks[language != ""] = "\n".join(lines) + "\n"
             language = None
         else:
-            lines.append(line)
+            indentation = len(line) - len(line.lstrip(" \t"))
+            lines.append(line[min(width, indentation) :])
     return blocks.get(True, blocks.get(False))
 
 
@@ -45,7 +51,8 @@ def same_output(printed: str, expected: str) -> bool:
     """Whether two texts have the same tokens, whatever space and lines lie between them.
 
     Tokens are the same if they are equal as text, or as numbers: exactly if the expected one is an
-    integer, within TOLERANCE if it has a decimal point or an exponent. Case matters, order matters.
+    integer, within TOLERANCE if it has a decimal point or an exponent. With a leading zero it is a
+    row of digits and no number. Case matters, order matters.
     """
     # One after the other: what a program prints may be all that it is allowed to.
     pairs = zip_longest(TOKEN.finditer(printed), TOKEN.finditer(expected))
@@ -61,7 +68,7 @@ def _same_token(token: str, wanted: str) -> bool:
     if max(len(token), len(wanted)) > MAX_NUMBER_CHARACTERS:
         return False
     match = NUMBER.fullmatch(wanted)
-    if match is None or NUMBER.fullmatch(token) is None:
+    if match is None or NUMBER.fullmatch(token) is None or LEADING_ZERO.match(wanted):
         return False
     if any(match.groups()):
         return _is_close(float(token), float(wanted))

@@ -1,13 +1,14 @@
 """The tests of a row, in the forms in which the public data sets keep them.
 
 form                                          data sets
-{"inputs", "outputs", "fn_name"?}             TACO, APPS, CodeContests, veRL's
+{"inputs", "outputs", "fn_name"?}             TACO, APPS, veRL's
 [{"input", "output", "testtype" or "type"?}]  LiveCodeBench, Codeforces, PrimeIntellect (DeepCoder)
 {"public_test_cases", "private_test_cases"}   LiveCodeBench as published, compressed or not
 {"test", "entry_point", "prompt"?}            HumanEval, HumanEval+, MBPP+
 {"test_list", "test_imports"?}, ["assert"]    MBPP
 
-Any of them may be a string of JSON.
+Any of them may be a string of JSON. Assertions of the last two forms call the names that they do
+not define and Python has not built in; those of entry_point and of the row's own "code" too.
 """
 
 import ast
@@ -57,7 +58,7 @@ class CheckTests:
     setup: str
     checks: list[str]
     functions: list[str]
-    prompt: str  # goes before the program: its imports and helpers may be needed
+    prompt: str  # what the program completes, whose imports and helpers may be needed
 
 
 Tests = list[PrintTest | CallTest] | CheckTests
@@ -75,9 +76,8 @@ def read_tests(ground_truth: Any) -> Tests:
     elif isinstance(data, dict) and "test" in data:
         tests = _check_function(data)
     elif isinstance(data, dict) and "test_list" in data:
-        imports = data.get("test_imports") or []
-        setup = data.get("test_setup_code") or ""
-        tests = CheckTests("\n".join([*imports, setup]), list(data["test_list"]), [], "")
+        setup = [*_texts(data, "test_imports"), _text(data, "test_setup_code")]
+        tests = CheckTests("\n".join(setup), _texts(data, "test_list"), _own_names(data), "")
     elif isinstance(data, list) and data and all(isinstance(item, str) for item in data):
         tests = CheckTests("", data, [], "")
     elif isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
@@ -119,7 +119,7 @@ def _single(item: dict[str, Any], function: str | None) -> PrintTest | CallTest:
     kind = item.get("testtype") or item.get("type") or "stdin"
     if kind not in FUNCTION_TYPES:
         return _test(item["input"], item["output"], None)
-    metadata = _from_json(item.get("metadata") or {})
+    metadata = _json_object(item.get("metadata"))
     function = item.get("fn_name") or metadata.get("func_name") or function
     if not function:
         raise ValueError(f"a test of type {kind!r} names no function")
@@ -130,8 +130,10 @@ def _test(given: Any, output: Any, function: str | None) -> PrintTest | CallTest
     if not function:
         return PrintTest(_lines(given), _lines(output))
     if isinstance(given, str):  # LiveCodeBench: a line of JSON for each argument
-        arguments = [json.loads(line) for line in given.split("\n") if line.strip()]
-        return CallTest(function, arguments, json.loads(output), may_unwrap=False)
+        lines = [line for line in given.split("\n") if line.strip()]
+        arguments = [_argument(line, "input", function) for line in lines]
+        expected = _argument(output, "output", function)
+        return CallTest(function, arguments, expected, may_unwrap=False)
     if not isinstance(given, list):
         raise ValueError(f"arguments of {function} are no list: {str(given)[:100]!r}")
     return CallTest(function, given, output, may_unwrap=True)
@@ -142,8 +144,40 @@ def _lines(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def _text(data: dict[str, Any], key: str) -> str:
+    value = data.get(key) or ""
+    if not isinstance(value, str):
+        raise ValueError(f"the ground_truth's {key} is {str(value)[:100]}; give a text")
+    return value
+
+
+def _texts(data: dict[str, Any], key: str) -> list[str]:
+    values = data.get(key) or []
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"the ground_truth's {key} is {str(values)[:100]}; give a list of texts")
+    return values
+
+
+def _json_object(value: Any) -> dict[str, Any]:
+    found = _from_json(value or {})
+    if not isinstance(found, dict):
+        raise ValueError(f"the ground_truth's metadata is {value!r:.100}; give an object")
+    return found
+
+
+def _argument(text: Any, what: str, function: str) -> Any:
+    """A value that LiveCodeBench keeps as JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"the {what} {str(text)[:100]!r} of a test of {function} is no text of JSON: {error}; "
+            "write a line of JSON for each argument and for the result"
+        ) from error
+
+
 def _livecodebench(data: dict[str, Any]) -> list[PrintTest | CallTest]:
-    metadata = _from_json(data.get("metadata") or {})
+    metadata = _json_object(data.get("metadata"))
     tests = []
     for name in ("public_test_cases", "private_test_cases"):
         cases = data.get(name) or []
@@ -187,19 +221,32 @@ def decode_cases(text: str) -> list[dict[str, Any]]:
 
 
 def _check_function(data: dict[str, Any]) -> CheckTests:
-    text, function = data["test"], data.get("entry_point")
+    text, function = _text(data, "test"), _text(data, "entry_point")
     if "def check(" not in text:
-        imports = "\n".join(data.get("test_imports") or [])
-        return CheckTests(imports, [text], [function] if function else [], "")
+        return CheckTests("\n".join(_texts(data, "test_imports")), [text], _own_names(data), "")
     if not function:
         raise ValueError("the ground_truth has a check function and names no entry_point for it")
-    prompt = data.get("prompt") or ""
-    return CheckTests(text, [f"check({function})"], [function], prompt)
+    return CheckTests(text, [f"check({function})"], [function], _text(data, "prompt"))
+
+
+def _own_names(data: dict[str, Any]) -> list[str]:
+    """What the program has to define even if Python has it built in: MBPP asks for a `sum`."""
+    function = _text(data, "entry_point")
+    code = _parsed(_text(data, "code"), "the code of the ground_truth").body
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = [node.name for node in code if isinstance(node, kinds)]
+    return list(dict.fromkeys([*([function] if function else []), *names]))
 
 
 def _refuse_broken(tests: CheckTests) -> None:
-    for text in (tests.setup, *tests.checks):
-        try:
-            ast.parse(text)
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(f"a test of the ground_truth is no Python: {error}") from error
+    if not all(_parsed(text, "a test of the ground_truth").body for text in tests.checks):
+        raise ValueError("the ground_truth has an empty test; every program would pass it")
+    _parsed(tests.setup, "the setup of the ground_truth's tests")
+    _parsed(tests.prompt, "the prompt of the ground_truth")
+
+
+def _parsed(text: str, what: str) -> ast.Module:
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{what} is no Python: {error}; correct or drop the row") from error

@@ -123,7 +123,15 @@ def compute_score(
 
 def _read_ground_truth(ground_truth: Any) -> dict:
     """The ground truth with every default filled in."""
-    truth = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
+    truth = ground_truth
+    if isinstance(truth, str):
+        try:
+            truth = json.loads(truth)
+        except ValueError as error:
+            raise ValueError(
+                f"ground_truth {ground_truth!r:.200} is neither a number nor JSON ({error}); give "
+                "{'target': number, 'numbers': [integers]} or the target alone"
+            ) from error
     truth = truth if isinstance(truth, dict) else {"target": truth}
     numbers = truth.get("numbers")
     try:

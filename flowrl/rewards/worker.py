@@ -122,7 +122,7 @@ def _answer(function: Callable[..., Any], body: bytes) -> dict[str, Any]:
     try:
         request = pickle.loads(body)
         # A function that draws must not depend on which worker it runs in.
-        random.seed(request["solution_str"])
+        random.seed(request["solution_str"].encode("utf-8", "surrogatepass"))
         returned = function(**request)
     except MemoryError as error:
         # What else failed to allocate is unknown: a fresh process is safer.

@@ -20,7 +20,6 @@ __all__ = [
     "PromptSampler",
     "PromptSet",
     "Split",
-    "Split",
     "TokenizedPrompt",
     "load_prompts",
     "read_prompt_files",

@@ -33,6 +33,9 @@ CHOICE_TEMPLATE = (
 TEST_SECONDS = {"livecodebench": 6.0, "codeforces": 12.0, "humanevalplus": 60.0}
 ALL_TESTS_SECONDS = 120.0
 
+# As text: what stands where a table has no answer.
+NO_ANSWERS = ("", "[]", "nan", "NaN", "inf", "-inf", "None")
+
 CODE_TEMPLATE = "{question}\n\nWrite the whole program in Python, in one ```python block."
 
 
@@ -73,12 +76,40 @@ class Columns:
             f"{shorten(sorted(self.row))}; is this the benchmark's public file?"
         )
 
-    def text(self, *names: str) -> str:
-        """The stripped, non-empty text of the first of these columns."""
+    def whole_text(self, *names: str) -> str:
+        """The non-empty text of the first of these columns, with the space around it."""
         value = self.first(*names)
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{self.place}: column {names[0]!r} is {shorten(value)}: give a text")
-        return value.strip()
+        return value
+
+    def text(self, *names: str) -> str:
+        """The stripped, non-empty text of the first of these columns."""
+        return self.whole_text(*names).strip()
+
+    def optional_text(self, name: str) -> str:
+        """The text of a column, "" where it is missing or null."""
+        value = self.row.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{self.place}: column {name!r} is {shorten(value)}: give a text")
+        return value or ""
+
+    def pairs(self, name: str) -> list[tuple[str, str]]:
+        """A column of objects with the texts input and output; [] where it is missing or null."""
+        value = self.row.get(name)
+        items = [] if value is None else value
+        if not isinstance(items, list):
+            raise ValueError(f"{self.place}: column {name!r} is {shorten(items)}: give a list")
+        found = []
+        for index, item in enumerate(items):
+            pair = [item.get(key) for key in ("input", "output")] if isinstance(item, dict) else []
+            if not pair or not all(isinstance(text, str) for text in pair):
+                raise ValueError(
+                    f"{self.place}: column {name!r}, item {index} is {shorten(item)}: give an "
+                    "object with the texts input and output"
+                )
+            found.append((pair[0], pair[1]))
+        return found
 
     def decoded(self, name: str) -> Any:
         """A column that holds JSON text."""
@@ -102,9 +133,12 @@ def plain_answer(value: object) -> str:
 
 def _math_item(columns: Columns, seed: int) -> Item:
     question = columns.text("problem", "question", "Problem", "Question")
-    answer = plain_answer(columns.first("answer", "final_answer", "Answer"))
-    if not answer or answer == "[]":
-        raise ValueError(f"{columns.place}: the answer is empty: drop the row")
+    value = columns.first("answer", "final_answer", "Answer")
+    answer = plain_answer(value)
+    if answer in NO_ANSWERS:
+        raise ValueError(
+            f"{columns.place}: the answer is {shorten(value)}: correct or drop the row"
+        )
     # Levels and subjects, where a benchmark has them, for whoever regroups the results.
     kept = ("level", "subject", "type")
     return Item(question, answer, {k: columns.row[k] for k in kept if k in columns.row})
@@ -121,7 +155,7 @@ def _gpqa_item(columns: Columns, seed: int) -> Item:
 
 def _livecodebench_item(columns: Columns, seed: int) -> Item:
     question = columns.text("question_content")
-    starter = columns.row.get("starter_code") or ""
+    starter = columns.optional_text("starter_code")
     if starter.strip():
         question += f"\n\nComplete this code:\n```python\n{starter.rstrip()}\n```"
     else:
@@ -137,7 +171,7 @@ def _livecodebench_item(columns: Columns, seed: int) -> Item:
 
 
 def _humaneval_item(columns: Columns, seed: int) -> Item:
-    stub = columns.first("prompt")  # not stripped: its indentation counts
+    stub = columns.whole_text("prompt")  # its indentation counts
     question = f"Complete this function:\n```python\n{stub.rstrip()}\n```"
     names = ("test", "entry_point")
     truth = {"prompt": stub, **{name: columns.text(name) for name in names}}
@@ -147,13 +181,14 @@ def _humaneval_item(columns: Columns, seed: int) -> Item:
 def _codeforces_item(columns: Columns, seed: int) -> Item:
     parts = [columns.text("description")]
     for name, title in (("input_format", "Input"), ("output_format", "Output"), ("note", "Note")):
-        if columns.row.get(name):
-            parts.append(f"{title}\n{columns.row[name].strip()}")
-    for example in columns.row.get("examples") or []:
-        parts.append(f"Example input\n{example['input']}\nExample output\n{example['output']}")
+        if text := columns.optional_text(name).strip():
+            parts.append(f"{title}\n{text}")
+    for given, expected in columns.pairs("examples"):
+        parts.append(f"Example input\n{given}\nExample output\n{expected}")
     parts.append("Read from standard input and write to standard output.")
-    tests = columns.first("official_tests")
-    truth = {"inputs": [t["input"] for t in tests], "outputs": [t["output"] for t in tests]}
+    columns.first("official_tests")  # an error if it is not there
+    tests = columns.pairs("official_tests")
+    truth = {"inputs": [test[0] for test in tests], "outputs": [test[1] for test in tests]}
     if not tests:
         raise ValueError(f"{columns.place}: official_tests is empty: use the 'verifiable' subset")
     rating = columns.row.get("rating")
@@ -255,7 +290,7 @@ def load_benchmark(
             break
         item = benchmark.to_item(Columns(place, row), seed)
         own = row.get(benchmark.id_column) if benchmark.id_column else None
-        item.extra_info["id"] = str(own or len(prompts))
+        item.extra_info["id"] = str(len(prompts) if own in (None, "") else own)
         if benchmark.kind == "code":
             item.extra_info["code"] = {
                 "time_limit_s": TEST_SECONDS[name],

@@ -128,25 +128,35 @@ class Sandbox:
         return replace(finished, result=written.removeprefix(nonce))
 
     def check(
-        self, code: str, setup: str, checks: list[str], functions: list[str], limits: Limits
+        self,
+        code: str,
+        setup: str,
+        checks: list[str],
+        functions: list[str],
+        limits: Limits,
+        prompt: str = "",
     ) -> Finished:
         """Checks of a program's functions, run in another process than the program.
 
         Args:
             setup: Python text before the checks: imports, helpers.
             checks: assertions or other code that raises if the program is wrong.
-            functions: names that are the program's even if the checks or Python define them.
+            functions: names that are the program's even if the prompt or Python define them.
+            prompt: Python text that the program completes or follows. The program finds what it
+                defines; the checks find it too, as it is there and not as the program changed it.
 
-        Returns, as result, a JSON list of which checks passed. The limits are those of all checks
-        together. Functions take and return plain values (see `plain.encode`) only.
+        Returns, as result, a JSON list of which checks passed, shorter than `checks` if they did
+        not all end. The limits are those of all checks together. Functions take and return plain
+        values (see `plain.encode`) only.
         """
-        tests = {"setup": setup, "checks": checks, "functions": functions}
+        tests = {"prompt": prompt, "setup": setup, "checks": checks, "functions": functions}
         with contextlib.ExitStack() as stack:
             pipes = stack.enter_context(contextlib.ExitStack())
             (request_out, request_in), (answer_out, answer_in) = _pipe(pipes), _pipe(pipes)
             streams, judge_streams = _streams(stack), _streams(stack)
             result = _file(stack)
-            program = [*streams, _file(stack, json.dumps({"code": code})), request_out, answer_in]
+            task = _file(stack, json.dumps({"code": code, "prompt": prompt}))
+            program = [*streams, task, request_out, answer_in]
             judge = [*judge_streams, _file(stack, json.dumps(tests)), answer_out, request_in]
             processes = [("serve", program), ("judge", [*judge, result])]
             self._send(processes, limits)
@@ -154,14 +164,15 @@ class Sandbox:
             end, judge_end = self._receive(limits)
             finished = _finish(end, streams, limits)
             judged = _finish(judge_end, judge_streams, limits)
-            written = _read(result, limits.output_bytes)
+            passed = [mark == "1" for mark in _read(result, len(checks))]
+            finished = replace(finished, result=json.dumps(passed))
             if judge_end["exit"] is None:
                 return replace(finished, reason="time_limit")
-            if judge_end["exit"] != 0 or not written:
+            if judge_end["exit"] != 0 or len(passed) < len(checks):
                 return replace(finished, reason="test_error", error=judged.error)
             # A program that waits for the next call is killed when there is none.
             reason = None if end["exit"] is None else finished.reason
-        return replace(finished, reason=reason, result=written)
+        return replace(finished, reason=reason)
 
     def close(self) -> None:
         """Ends the zygote and with it every program."""

@@ -25,6 +25,7 @@ from . import plain
 TASK, VALUES, ANSWERS, RESULT = 3, 4, 5, 6
 FILE_NAME = "solution.py"
 MAX_MESSAGE_BYTES = 16 << 20
+PASSED, FAILED = b"1", b"0"  # of a check, in RESULT
 BUFFERED = (io.TextIOWrapper, io.BufferedRandom, io.BufferedWriter)  # outer before inner
 
 # Names that answers to contest tasks use without importing them, as LeetCode's editor has them.
@@ -102,7 +103,8 @@ def call(names: dict[str, Any]) -> None:
 
 def serve(names: dict[str, Any]) -> None:
     """Calls of the program's functions, as the judge in another process asks for them."""
-    space = _run_main(names, _read_task()["code"], "solution")
+    task = _read_task()
+    space = _run_main(names, task["code"], "solution", task["prompt"])
     while request := _receive(VALUES):
         name, arguments, keywords = json.loads(request)
         try:
@@ -118,23 +120,49 @@ def serve(names: dict[str, Any]) -> None:
 def judge(names: dict[str, Any]) -> None:
     """Runs the checks, whose calls go to the process of the program, and writes which passed.
 
-    A check is Python text: an assertion, or code that raises if the program is wrong.
+    A check is Python text: an assertion, or code that raises if the program is wrong. What the
+    prompt defines is the prompt's, whatever the program makes of it, but for task["functions"]; a
+    name that neither it nor the checks define is the program's.
     """
-    del names  # a check imports what it needs; a name that it does not define is the program's
     task = _read_task()
-    space: dict[str, Any] = {"__name__": "checks", "__builtins__": builtins}
-    for name in free_names([task["setup"], *task["checks"]], task["functions"]):
+    texts = [task["setup"], *task["checks"]]
+    compare_shapes()
+    # Only the prompt finds the names of a program there: a check imports what it needs.
+    space: dict[str, Any] = {"__name__": "checks", "__builtins__": {**names, **vars(builtins)}}
+    exec(compile(task["prompt"], "prompt", "exec"), space)
+    defined = space.keys() - task["functions"]
+    for name in free_names(texts, task["functions"]) - defined:
         space[name] = _proxy(name)
     exec(compile(task["setup"], "setup", "exec"), space)
-    passed = []
     for check in task["checks"]:
         try:
             exec(compile(check, "check", "exec"), space)
-            passed.append(True)
+            _write(RESULT, PASSED)  # one by one: a later check may hang
         except ERRORS:
-            passed.append(False)
-    _write(RESULT, json.dumps(passed).encode())
+            _write(RESULT, FAILED)
     os._exit(0)
+
+
+def compare_shapes() -> None:
+    """Makes NumPy's two comparisons that tests use refuse values of different shapes.
+
+    An empty array is close to every number, since it is stretched to none of its elements.
+    """
+    numpy: Any = sys.modules["numpy"]
+    numpy.allclose = _of_equal_shape(numpy.allclose, ("a", "b"))
+    testing: Any = sys.modules["numpy.testing"]
+    testing.assert_allclose = _of_equal_shape(testing.assert_allclose, ("actual", "desired"))
+
+
+def _of_equal_shape(compare: Callable[..., Any], names: tuple[str, str]) -> Callable[..., Any]:
+    def compare_equal_shapes(*arguments: Any, **keywords: Any) -> Any:
+        compared = [*arguments, *(keywords[name] for name in names if name in keywords)][:2]
+        shapes = [sys.modules["numpy"].shape(value) for value in compared]
+        if shapes[0] != shapes[-1]:
+            raise AssertionError(f"values of the shapes {shapes} are not close")
+        return compare(*arguments, **keywords)
+
+    return compare_equal_shapes
 
 
 MODES: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -188,8 +216,10 @@ def _proxy(name: str) -> Callable[..., Any]:
     return candidate
 
 
-def _run_main(names: dict[str, Any], code: str, name: str = "__main__") -> dict[str, Any]:
-    """Executes the program in a fresh main module and returns its names."""
+def _run_main(
+    names: dict[str, Any], code: str, name: str = "__main__", prompt: str = ""
+) -> dict[str, Any]:
+    """Executes the prompt and the program in a fresh main module and returns its names."""
     _open_standard_streams()
     # A verdict must not depend on which worker gives it.
     random.seed(0)
@@ -200,8 +230,23 @@ def _run_main(names: dict[str, Any], code: str, name: str = "__main__") -> dict[
     sys.argv[:] = [FILE_NAME]
     space = vars(module)
     space.update(names, __builtins__=builtins)
-    exec(compile(code, FILE_NAME, "exec"), space)
+    for text in _parts(prompt, code):
+        exec(compile(text, FILE_NAME, "exec"), space)
     return space
+
+
+def _parts(prompt: str, code: str) -> list[str]:
+    """What is to be executed: both, or one text where the program is the end of the prompt.
+
+    Apart, since `from __future__` may only stand at the beginning.
+    """
+    if not prompt:
+        return [code]
+    try:
+        compile(code, FILE_NAME, "exec")
+    except SyntaxError:
+        return [f"{prompt}\n{code}"]
+    return [prompt, code]
 
 
 def _open_standard_streams() -> None:

@@ -5,11 +5,13 @@ and raises ValueError for everything else.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 MAX_ITEMS = 1_000_000  # taken from an iterator, which may be endless
+MAX_COLLISIONS = 100  # 1 million items are then decoded in seconds
 JSON_INTEGER = 1 << 53
 
 _SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter}
@@ -70,5 +72,20 @@ def _untag(value: Any) -> Any:
     if name == "range":
         return range(*content)
     if name == "dict":
-        return {_untag(key): _untag(item) for key, item in content}
-    return _SEQUENCES[name]([_untag(item) for item in content])
+        pairs = [(_untag(key), _untag(item)) for key, item in content]
+        _refuse_collisions([key for key, _ in pairs])
+        return dict(pairs)
+    items = [_untag(item) for item in content]
+    if name in ("set", "frozenset"):
+        _refuse_collisions(items)
+    return _SEQUENCES[name](items)
+
+
+def _refuse_collisions(keys: list[Any]) -> None:
+    """Keys of one hash, of which integers are easily made, cost time by the square of their number.
+
+    It is the time of the process that trusts nobody: a program could not use up its own.
+    """
+    most = max(Counter(map(hash, keys)).values(), default=0)
+    if most > MAX_COLLISIONS:
+        raise ValueError(f"not an encoded value: {most} keys of one hash")

@@ -35,7 +35,10 @@ PRELOADED = """
     shutil signal socket statistics string struct subprocess sys tempfile textwrap threading
     time timeit traceback types typing unicodedata unittest uuid warnings weakref zlib zoneinfo
 """.split()  # noqa: SIM905  one name a line would fill two pages
-NUMPY = ("numpy", "numpy.random", "numpy.linalg", "numpy.fft", "numpy.polynomial", "numpy.ma")
+NUMPY = (
+    *("numpy", "numpy.random", "numpy.linalg", "numpy.fft", "numpy.polynomial", "numpy.ma"),
+    "numpy.testing",  # of checks
+)
 MAX_DESCRIPTORS = 32
 MAX_MESSAGE_BYTES = 1 << 16
 FIRST_FREE = 64  # above every descriptor that a program's process is given
