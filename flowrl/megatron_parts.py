@@ -19,7 +19,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from flowrl.background_save import BackgroundSave
 from flowrl.batch import Sample
 from flowrl.checkpoint import HF_FOLDER, TENSORS_FILE, Checkpoint, load_state, save_folder
-from flowrl.main_rank import MainRankEngine, MainRankRewards, is_main_rank, on_main_rank
+from flowrl.main_rank import (
+    SHARED_ERRORS,
+    MainRankEngine,
+    MainRankRewards,
+    gathered,
+    is_main_rank,
+    on_main_rank,
+)
 from flowrl.megatron.critic import MegatronCritic, critic_name
 from flowrl.megatron.experts import file_tensors
 from flowrl.megatron.layout import Layout, initialize
@@ -105,11 +112,12 @@ class MegatronParts:
         Any layout, or one process, can continue from it. With `background` the main rank's host
         memory holds all of it until it is written: 14 bytes per bfloat16 parameter of the whole
         model, 16 per float32 one, and 12 per parameter of a critic, where it otherwise holds one
-        tensor.
+        tensor. Raises GatherError, on that rank alone, where the gathering itself fails.
         """
         if background is not None:  # before the next copies; a failure is every rank's
             on_main_rank(background.wait)
-        weights, trained = self.policy.named_weights(), self._training_tensors()
+        weights = gathered(self.policy.named_weights())
+        trained = gathered(self._training_tensors())
         dtype = self.policy.chunks[0].config.params_dtype
 
         def write(folder: Path, weights: NamedTensors, trained: NamedTensors) -> None:
@@ -132,9 +140,10 @@ class MegatronParts:
                     sources = on_host(weights, dtype), on_host(trained, torch.float32)
                 write_from = partial(write, weights=sources[0], trained=sources[1])
                 return save_folder(run_dir, step, write_from, state, keep, background)
-            finally:  # a full disk must not leave the others in a collective
+            except SHARED_ERRORS:  # a full disk must not leave the others in a collective
                 deque(weights, maxlen=0)
                 deque(trained, maxlen=0)
+                raise
 
         if not self.is_main:
             deque(weights, maxlen=0)
