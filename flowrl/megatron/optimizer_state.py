@@ -188,7 +188,7 @@ def training_tensors(
         def read(parameter: torch.nn.Parameter, kind: str = kind) -> Tensor:
             return _read(optimizer, parameter, kind)
 
-        for name, tensor in export_hf_weights(modules, read=read):
+        for name, tensor in export_hf_weights(modules, read=read, dtype=torch.float32):
             names += [rename(name)] if kind == "master" else []
             yield f"{kind}.{rename(name)}", tensor
     own = own_parameters(modules[-1])
