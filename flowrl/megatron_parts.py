@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.background_save import BackgroundSave
@@ -73,6 +73,7 @@ class MegatronParts:
     model_path: str
     tokenizer: PreTrainedTokenizerBase
     hf_config: PretrainedConfig
+    generation_config: GenerationConfig | None
     shapes: dict[str, torch.Size]  # of the model's weights, by HF name
     trained_shapes: dict[str, torch.Size]  # of all that is trained, by the checkpoint's names
     watchdog: Watchdog
@@ -122,7 +123,11 @@ class MegatronParts:
 
         def write(folder: Path, weights: NamedTensors, trained: NamedTensors) -> None:
             self.tokenizer.save_pretrained(folder / HF_FOLDER)
-            self.hf_config.save_pretrained(folder / HF_FOLDER)
+            hf_config = deepcopy(self.hf_config)
+            hf_config.dtype = dtype  # the weights', not that of the files the run began with
+            hf_config.save_pretrained(folder / HF_FOLDER)
+            if self.generation_config is not None:  # some end tokens stand there alone
+                self.generation_config.to_json_file(folder / HF_FOLDER / "generation_config.json")
             shapes = {
                 part: tensor.shape
                 for name, shape in self.shapes.items()
@@ -203,7 +208,9 @@ def build_megatron(config: Config, path: str, tokenizer: PreTrainedTokenizerBase
         load_hf_weights(reference, path)
         for chunk in reference:
             chunk.requires_grad_(False)
-        rewards, engine, fingerprint = on_main_rank_only(config, path, tokenizer, dtype)
+        rewards, engine, fingerprint, generation_config = on_main_rank_only(
+            config, path, tokenizer, dtype
+        )
         watchdog.num_steps = lambda: engine.weight_version
         parts = MegatronParts(
             policy=build_policy(config, chunks, layout),
@@ -216,6 +223,7 @@ def build_megatron(config: Config, path: str, tokenizer: PreTrainedTokenizerBase
             model_path=config.model.path,
             tokenizer=deepcopy(tokenizer),  # a thread may save it while another encodes
             hf_config=hf_config,
+            generation_config=generation_config,
             shapes=shapes,
             trained_shapes=trained_shapes(shapes, partition, value_head),
             watchdog=watchdog,
@@ -260,12 +268,15 @@ def trained_shapes(
 
 def on_main_rank_only(
     config: Config, path: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
-) -> tuple[MainRankRewards, MainRankEngine, str]:
-    """Reward workers, engine and the reference's fingerprint; the engine has a model of its own."""
+) -> tuple[MainRankRewards, MainRankEngine, str, GenerationConfig | None]:
+    """Reward workers, engine, the reference's fingerprint and its generation config.
+
+    The engine has a model of its own.
+    """
     pool: RewardPool | None = None
     engine: RolloutEngine | None = None
 
-    def build() -> str:
+    def build() -> tuple[str, GenerationConfig | None]:
         nonlocal pool, engine
         reward = config.reward
         is_sampled_from = config.rollout.engine == "transformers"
@@ -278,12 +289,14 @@ def on_main_rank_only(
             )
             model = load_model(path, dtype, device, config.model.trust_remote_code)
             fingerprint = weights_fingerprint(model)
+            generation_config = deepcopy(model.generation_config)
             engine = build_engine(config, path, tokenizer, model)
             stack.pop_all()
-        return fingerprint
+        return fingerprint, generation_config
 
-    fingerprint = on_main_rank(build)  # what is refused there is refused on every rank
-    return MainRankRewards(pool), MainRankEngine(engine), fingerprint
+    # What is refused there is refused on every rank.
+    fingerprint, generation_config = on_main_rank(build)
+    return MainRankRewards(pool), MainRankEngine(engine), fingerprint, generation_config
 
 
 def build_policy(config: Config, chunks: list[FlowModel], layout: Layout) -> MegatronPolicy:

@@ -162,6 +162,7 @@ def make_model(case: Case) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5 if parameter.ndim > 1 else 1.0)
+    model.generation_config.eos_token_id = [2, 7]  # as of an instruct model: 7 stands there alone
     return model
 
 

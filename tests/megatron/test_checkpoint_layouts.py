@@ -1,5 +1,6 @@
 """A checkpoint continues under any layout, or in one process, as if nothing had happened."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from parts_samples import build_parts, save_step, train_steps
 from safetensors.torch import load_file
 from tiny_model import tiny_tokenizer
 from torch import Tensor
+from transformers import GenerationConfig
 
 from flowrl.checkpoint import (
     TENSORS_FILE,
@@ -176,6 +178,17 @@ def test_checkpoint_holds_z_and_every_count(saved: Callable) -> None:
         assert stored[f"exp_avg.partition.{name}"].abs().max() > 0
     counts = {float(value) for name, value in stored.items() if name.startswith("step.")}
     assert counts == {STEPS_BEFORE}
+
+
+def test_hf_folder_is_that_of_one_process(saved: Callable) -> None:
+    alone, spread = saved(UNTIED, None)[0].hf, saved(UNTIED, DP2)[0].hf
+    names = {path.name for path in alone.iterdir()}
+    assert {path.name for path in spread.iterdir()} == names
+    assert "generation_config.json" in names
+    for name in names - {"model.safetensors"}:
+        assert (spread / name).read_text() == (alone / name).read_text(), name
+    assert json.loads((spread / "config.json").read_text())["dtype"] == "float32"
+    assert GenerationConfig.from_pretrained(spread).eos_token_id == [2, 7]
 
 
 class GroupCountingAdam(torch.optim.Optimizer):
