@@ -190,7 +190,7 @@ def layout_of(parallel: ParallelConfig) -> Layout:
 def build_megatron(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> MegatronParts:
     """The parts of one rank. Raises ValueError for what Megatron's layers do not represent."""
     layout, dtype = layout_of(config.parallel), getattr(torch, config.model.dtype)
-    initialize(layout, 60.0 * config.parallel.timeout_minutes)
+    initialize(layout, 60.0 * config.parallel.timeout_minutes, config.trainer.device)
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(60.0 * config.parallel.timeout_minutes))
         hf_config = AutoConfig.from_pretrained(path)
