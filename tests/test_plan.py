@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flowrl.cli import app
-from flowrl.config import load_config
+from flowrl.config import is_megatron, load_config
 from flowrl.plan import Plan, make_plan
 from flowrl.plan.hardware import GIB
 from flowrl.plan.layout import PlannedLayout
@@ -375,6 +375,15 @@ def test_configuration_that_cannot_work_says_why(
 ) -> None:
     plan = plan_of(*overrides, gpus=gpus)
     assert plan.configured is None and plan.problem is not None and message in plan.problem
+
+
+def test_experts_alone_choose_megatron_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One GPU but two expert-parallel ranks: the memory would be that of one process."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    overrides = ["model.path=Qwen/Qwen3-30B-A3B", "parallel.expert_model_parallel_size=2"]
+    assert is_megatron(load_config(None, ["data.task=sums", *overrides]))
+    assert plan_of(*overrides, gpus=1).setting.is_megatron
+    assert not plan_of(overrides[0], gpus=1).setting.is_megatron
 
 
 def test_configuration_that_does_not_fit_says_what_helps() -> None:
