@@ -187,9 +187,13 @@ def test_head_by_hand() -> None:
     assert logits_bytes(QWEN_7B, PlannedLayout(), 1000) == 8 * 1000 * 152064
     layout = PlannedLayout(tensor=8)
     shard = 152064 // 8
-    assert head_bytes(QWEN_7B, layout, 1000, 2) == 2 * rows + 4 * 1000 * 149 + (
-        8 * rows + 128 * 2**20 + 2 * shard * 3584
-    )
+    # grad_hidden of both halves and their sums
+    backward = 12 * rows + 128 * 2**20 + 2 * shard * 3584
+    assert head_bytes(QWEN_7B, layout, 1000, 2) == 2 * rows + 4 * 1000 * 149 + backward
+    # grad_hidden, again in place among all tokens, a half of that twice, and an eighth: the sums
+    layout = PlannedLayout(tensor=8, sequence_parallel=True)
+    backward = (4 + 4 + 2 * 2) * rows + rows // 2 + 128 * 2**20 + 2 * shard * 3584
+    assert head_bytes(QWEN_7B, layout, 1000, 2) == 2 * rows + 4 * 1000 * 149 + backward
     assert kv_bytes_per_token(QWEN_7B, 2) == 57344
 
 
