@@ -46,8 +46,8 @@ models (`~/.cache/flowrl`), and torchrun's.
 
 Rules across keys:
 
-- `data.max_prompt_length` + `data.max_response_length` fits into `actor.ppo_max_token_len_per_gpu`:
-  a sequence is never split.
+- `data.max_prompt_length` + `data.max_response_length` fits into `actor.ppo_max_token_len_per_gpu`
+  times `parallel.context_parallel_size`: a sequence is never split over micro-batches.
 - `data.train_batch_size` is a multiple of `actor.ppo_mini_batch_size`. Both count prompts.
 - `rollout.top_p` < 1 or `rollout.top_k` > 0 needs `flow.old_logprobs` to be `rollout`.
 - The task `files` needs `data.train_files`.

@@ -63,7 +63,9 @@ def build_model() -> DistributedDataParallel:
         position_embedding_type="rope",
     ).to(torch.cuda.current_device())  # initialize() lets this be the CPU
     fuse_output_layer(model, VOCABULARY)
-    return DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+    # What bfloat16 weights need, and float32 ones have anyway.
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    return DistributedDataParallel(config, ddp_config, model)
 
 
 def make_batch() -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
 """What the main rank does for all ranks: sampling and rewards. The others wait and receive.
 
 Every rank runs the same loop on the same samples; what has side effects, or is not fixed by the
-seed, happens once. An error on the main rank is raised on every rank.
+seed, happens once. An error on the main rank is raised on every rank. One in the middle of a
+collective cannot be told to the others, which wait in it: it ends the main rank, and the watchdog
+then ends them.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -15,6 +17,11 @@ from flowrl.rewards import RewardPool, RewardRequest, RewardResult
 from flowrl.rollout import Response, RolloutEngine, SamplingParams
 
 T = TypeVar("T")
+SHARED_ERRORS = (ValueError, RuntimeError, OSError, ImportError)  # that on_main_rank hands on
+
+
+class GatherError(Exception):
+    """A rank failed in a collective. None of SHARED_ERRORS: the others receive no broadcast now."""
 
 
 def is_main_rank() -> bool:
@@ -27,13 +34,24 @@ def on_main_rank(compute: Callable[[], T]) -> T:
     if is_main_rank():
         try:
             result[0] = compute()
-        except (ValueError, RuntimeError, OSError, ImportError) as error:
+        except SHARED_ERRORS as error:
             result[1] = error
     dist.broadcast_object_list(result, src=0)
     if result[1] is not None:
         assert isinstance(result[1], BaseException)
         raise result[1]
     return result[0]  # pyright: ignore[reportReturnType]
+
+
+def gathered(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Pass on tensors that all ranks gather; an error of the gathering becomes a GatherError."""
+    try:
+        yield from tensors
+    except SHARED_ERRORS as error:
+        raise GatherError(
+            f"rank {dist.get_rank()} failed while all ranks gathered tensors: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 class MainRankEngine:
@@ -68,8 +86,11 @@ class MainRankEngine:
         return lambda: on_main_rank(lambda: waits[0]())
 
     def publish(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Hand gathered weights to the engine; every rank takes part in gathering each of them."""
-        weights = iter(named_weights)
+        """Hand gathered weights to the engine; every rank takes part in gathering each of them.
+
+        Raises GatherError, on that rank alone, where the gathering itself fails.
+        """
+        weights = gathered(named_weights)
 
         def take() -> None:
             assert self.engine is not None

@@ -13,13 +13,20 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.background_save import BackgroundSave
 from flowrl.batch import Sample
 from flowrl.checkpoint import HF_FOLDER, TENSORS_FILE, Checkpoint, load_state, save_folder
-from flowrl.main_rank import MainRankEngine, MainRankRewards, is_main_rank, on_main_rank
+from flowrl.main_rank import (
+    SHARED_ERRORS,
+    MainRankEngine,
+    MainRankRewards,
+    gathered,
+    is_main_rank,
+    on_main_rank,
+)
 from flowrl.megatron.critic import MegatronCritic, critic_name
 from flowrl.megatron.experts import file_tensors
 from flowrl.megatron.layout import Layout, initialize
@@ -66,6 +73,7 @@ class MegatronParts:
     model_path: str
     tokenizer: PreTrainedTokenizerBase
     hf_config: PretrainedConfig
+    generation_config: GenerationConfig | None
     shapes: dict[str, torch.Size]  # of the model's weights, by HF name
     trained_shapes: dict[str, torch.Size]  # of all that is trained, by the checkpoint's names
     watchdog: Watchdog
@@ -105,16 +113,21 @@ class MegatronParts:
         Any layout, or one process, can continue from it. With `background` the main rank's host
         memory holds all of it until it is written: 14 bytes per bfloat16 parameter of the whole
         model, 16 per float32 one, and 12 per parameter of a critic, where it otherwise holds one
-        tensor.
+        tensor. Raises GatherError, on that rank alone, where the gathering itself fails.
         """
         if background is not None:  # before the next copies; a failure is every rank's
             on_main_rank(background.wait)
-        weights, trained = self.policy.named_weights(), self._training_tensors()
+        weights = gathered(self.policy.named_weights())
+        trained = gathered(self._training_tensors())
         dtype = self.policy.chunks[0].config.params_dtype
 
         def write(folder: Path, weights: NamedTensors, trained: NamedTensors) -> None:
             self.tokenizer.save_pretrained(folder / HF_FOLDER)
-            self.hf_config.save_pretrained(folder / HF_FOLDER)
+            hf_config = deepcopy(self.hf_config)
+            hf_config.dtype = dtype  # the weights', not that of the files the run began with
+            hf_config.save_pretrained(folder / HF_FOLDER)
+            if self.generation_config is not None:  # some end tokens stand there alone
+                self.generation_config.to_json_file(folder / HF_FOLDER / "generation_config.json")
             shapes = {
                 part: tensor.shape
                 for name, shape in self.shapes.items()
@@ -132,9 +145,10 @@ class MegatronParts:
                     sources = on_host(weights, dtype), on_host(trained, torch.float32)
                 write_from = partial(write, weights=sources[0], trained=sources[1])
                 return save_folder(run_dir, step, write_from, state, keep, background)
-            finally:  # a full disk must not leave the others in a collective
+            except SHARED_ERRORS:  # a full disk must not leave the others in a collective
                 deque(weights, maxlen=0)
                 deque(trained, maxlen=0)
+                raise
 
         if not self.is_main:
             deque(weights, maxlen=0)
@@ -176,7 +190,7 @@ def layout_of(parallel: ParallelConfig) -> Layout:
 def build_megatron(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> MegatronParts:
     """The parts of one rank. Raises ValueError for what Megatron's layers do not represent."""
     layout, dtype = layout_of(config.parallel), getattr(torch, config.model.dtype)
-    initialize(layout, 60.0 * config.parallel.timeout_minutes)
+    initialize(layout, 60.0 * config.parallel.timeout_minutes, config.trainer.device)
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(60.0 * config.parallel.timeout_minutes))
         hf_config = AutoConfig.from_pretrained(path)
@@ -194,7 +208,9 @@ def build_megatron(config: Config, path: str, tokenizer: PreTrainedTokenizerBase
         load_hf_weights(reference, path)
         for chunk in reference:
             chunk.requires_grad_(False)
-        rewards, engine, fingerprint = on_main_rank_only(config, path, tokenizer, dtype)
+        rewards, engine, fingerprint, generation_config = on_main_rank_only(
+            config, path, tokenizer, dtype
+        )
         watchdog.num_steps = lambda: engine.weight_version
         parts = MegatronParts(
             policy=build_policy(config, chunks, layout),
@@ -207,6 +223,7 @@ def build_megatron(config: Config, path: str, tokenizer: PreTrainedTokenizerBase
             model_path=config.model.path,
             tokenizer=deepcopy(tokenizer),  # a thread may save it while another encodes
             hf_config=hf_config,
+            generation_config=generation_config,
             shapes=shapes,
             trained_shapes=trained_shapes(shapes, partition, value_head),
             watchdog=watchdog,
@@ -251,12 +268,15 @@ def trained_shapes(
 
 def on_main_rank_only(
     config: Config, path: str, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
-) -> tuple[MainRankRewards, MainRankEngine, str]:
-    """Reward workers, engine and the reference's fingerprint; the engine has a model of its own."""
+) -> tuple[MainRankRewards, MainRankEngine, str, GenerationConfig | None]:
+    """Reward workers, engine, the reference's fingerprint and its generation config.
+
+    The engine has a model of its own.
+    """
     pool: RewardPool | None = None
     engine: RolloutEngine | None = None
 
-    def build() -> str:
+    def build() -> tuple[str, GenerationConfig | None]:
         nonlocal pool, engine
         reward = config.reward
         is_sampled_from = config.rollout.engine == "transformers"
@@ -269,12 +289,14 @@ def on_main_rank_only(
             )
             model = load_model(path, dtype, device, config.model.trust_remote_code)
             fingerprint = weights_fingerprint(model)
+            generation_config = deepcopy(model.generation_config)
             engine = build_engine(config, path, tokenizer, model)
             stack.pop_all()
-        return fingerprint
+        return fingerprint, generation_config
 
-    fingerprint = on_main_rank(build)  # what is refused there is refused on every rank
-    return MainRankRewards(pool), MainRankEngine(engine), fingerprint
+    # What is refused there is refused on every rank.
+    fingerprint, generation_config = on_main_rank(build)
+    return MainRankRewards(pool), MainRankEngine(engine), fingerprint, generation_config
 
 
 def build_policy(config: Config, chunks: list[FlowModel], layout: Layout) -> MegatronPolicy:

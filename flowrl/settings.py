@@ -368,8 +368,9 @@ class Config(Section):
         if longest > actor.ppo_max_token_len_per_gpu * spread:
             raise ValueError(
                 f"data.max_prompt_length + data.max_response_length = {longest} exceeds "
-                f"actor.ppo_max_token_len_per_gpu = {actor.ppo_max_token_len_per_gpu}; a sequence "
-                "is never split over micro-batches, so raise the cap or shorten the limits"
+                "actor.ppo_max_token_len_per_gpu * parallel.context_parallel_size = "
+                f"{actor.ppo_max_token_len_per_gpu} * {spread}; a sequence is never split over "
+                "micro-batches, so raise one of the two or shorten the limits"
             )
         if rollout.max_num_seqs < rollout.n:
             raise ValueError(

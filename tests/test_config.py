@@ -228,7 +228,15 @@ def test_bad_values_are_named(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.max_prompt_length=16000"], r"= 17024 exceeds actor.ppo_max_token_len_per_gpu ="),
+        (
+            ["data.max_prompt_length=16000"],
+            r"= 17024 exceeds actor.ppo_max_token_len_per_gpu \* parallel.context_parallel_size "
+            r"= 16384 \* 1; .* raise one of the two or shorten the limits",
+        ),
+        (
+            ["data.max_prompt_length=32000", "parallel.context_parallel_size=2"],
+            r"= 33024 exceeds .* = 16384 \* 2; ",
+        ),
         (["actor.ppo_mini_batch_size=48"], "64 is not a multiple of .* = 48"),
         (["actor.ppo_mini_batch_size=128"], "64 is not a multiple of .* = 128"),
         (["data.task=files"], "data.train_files is empty"),
@@ -236,7 +244,8 @@ def test_bad_values_are_named(override: str, message: str) -> None:
         (["rollout.top_k=50"], "rollout.top_k = 50.*flow.old_logprobs=rollout"),
         (["validation.n=300"], "max_num_seqs = 256 is below validation.n = 300"),
     ],
-    ids=["length", "mini batch", "larger mini batch", "no files", "top_p", "top_k", "samples"],
+    ids=["length", "spread", "mini batch", "larger mini batch"]
+    + ["no files", "top_p", "top_k", "samples"],
 )
 def test_settings_that_contradict_each_other_are_refused(
     overrides: list[str], message: str

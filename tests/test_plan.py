@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flowrl.cli import app
-from flowrl.config import load_config
+from flowrl.config import is_megatron, load_config
 from flowrl.plan import Plan, make_plan
 from flowrl.plan.hardware import GIB
 from flowrl.plan.layout import PlannedLayout
@@ -187,9 +187,13 @@ def test_head_by_hand() -> None:
     assert logits_bytes(QWEN_7B, PlannedLayout(), 1000) == 8 * 1000 * 152064
     layout = PlannedLayout(tensor=8)
     shard = 152064 // 8
-    assert head_bytes(QWEN_7B, layout, 1000, 2) == 2 * rows + 4 * 1000 * 149 + (
-        8 * rows + 128 * 2**20 + 2 * shard * 3584
-    )
+    # grad_hidden of both halves and their sums
+    backward = 12 * rows + 128 * 2**20 + 2 * shard * 3584
+    assert head_bytes(QWEN_7B, layout, 1000, 2) == 2 * rows + 4 * 1000 * 149 + backward
+    # grad_hidden, again in place among all tokens, a half of that twice, and an eighth: the sums
+    layout = PlannedLayout(tensor=8, sequence_parallel=True)
+    backward = (4 + 4 + 2 * 2) * rows + rows // 2 + 128 * 2**20 + 2 * shard * 3584
+    assert head_bytes(QWEN_7B, layout, 1000, 2) == 2 * rows + 4 * 1000 * 149 + backward
     assert kv_bytes_per_token(QWEN_7B, 2) == 57344
 
 
@@ -375,6 +379,15 @@ def test_configuration_that_cannot_work_says_why(
 ) -> None:
     plan = plan_of(*overrides, gpus=gpus)
     assert plan.configured is None and plan.problem is not None and message in plan.problem
+
+
+def test_experts_alone_choose_megatron_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One GPU but two expert-parallel ranks: the memory would be that of one process."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    overrides = ["model.path=Qwen/Qwen3-30B-A3B", "parallel.expert_model_parallel_size=2"]
+    assert is_megatron(load_config(None, ["data.task=sums", *overrides]))
+    assert plan_of(*overrides, gpus=1).setting.is_megatron
+    assert not plan_of(overrides[0], gpus=1).setting.is_megatron
 
 
 def test_configuration_that_does_not_fit_says_what_helps() -> None:

@@ -89,7 +89,7 @@ class MegatronCritic:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronAdamW
     layout: Layout
-    max_tokens: int  # strict cap of the tokens that one rank has of a micro-batch
+    max_tokens: int  # cap of the tokens that one rank has of a micro-batch; see micro_batches
 
     def __post_init__(self) -> None:
         prepare_training(self.chunks)

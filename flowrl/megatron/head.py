@@ -172,6 +172,20 @@ class _VocabParallelLogprob(torch.autograd.Function):
         )
 
 
+def _check_buffer(
+    name: str, buffer: Tensor | None, shape: tuple[int, ...], hidden: Tensor, remedy: str
+) -> None:
+    if buffer is None:
+        return
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    is_wide = buffer.dtype in (torch.float32, dtype)
+    if tuple(buffer.shape) != shape or buffer.device != hidden.device or not is_wide:
+        raise ValueError(
+            f"{name} must be {list(shape)}, {dtype}, on {hidden.device}; got "
+            f"{list(buffer.shape)}, {buffer.dtype}, on {buffer.device}: {remedy}"
+        )
+
+
 def vocab_parallel_logprob(
     hidden: Tensor,
     weight_shard: Tensor,
@@ -212,7 +226,8 @@ def vocab_parallel_logprob(
         logprob [T], at most 0, and entropy [T] or None; float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes that do not fit; on the CPU a target in no shard.
+        ValueError: shapes that do not fit, buffers of another dtype or device; on the CPU a target
+            in no shard.
     """
     num_rows = hidden.shape[0] * (group.size() if sequence_parallel else 1)
     if hidden.ndim != 2 or target.shape != (num_rows,):
@@ -225,6 +240,15 @@ def vocab_parallel_logprob(
         raise ValueError(
             f"weight_shard must be [V_rank, {hidden.shape[1]}], got {tuple(weight_shard.shape)}"
         )
+    _check_buffer("dropped_mass", dropped_mass, (num_rows,), hidden, "make one like this")
+    _check_buffer(
+        "weight_grad",
+        weight_grad,
+        tuple(weight_shard.shape),
+        hidden,
+        # In bfloat16 every addition would round, and small ones would be lost.
+        "a main_grad is float32 with DistributedDataParallelConfig(grad_reduce_in_fp32=True)",
+    )
     if rows is None:
         rows = (target != IGNORE_INDEX).nonzero()[:, 0]
     return _VocabParallelLogprob.apply(  # pyright: ignore[reportReturnType]

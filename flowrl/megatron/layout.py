@@ -60,11 +60,36 @@ class Layout:
         return zigzag * (self.tensor if self.sequence_parallel else 1)
 
 
-def initialize(layout: Layout, timeout_s: float = 1800.0) -> None:
+def check_device(device: str, local_rank: int, num_gpus: int) -> None:
+    """Refuse a device that this rank cannot have: Megatron takes the GPU of the rank's number.
+
+    Args:
+        device: trainer.device; auto and cuda take the GPUs where there are some.
+        local_rank: the rank's number among those of its machine.
+        num_gpus: that torch sees there.
+
+    Raises ValueError for cpu where there are GPUs, and for more ranks than GPUs.
+    """
+    if num_gpus == 0:
+        return
+    if device == "cpu":
+        raise ValueError(
+            f"trainer.device = cpu, but torch sees {num_gpus} GPU(s), which Megatron takes: "
+            'start with CUDA_VISIBLE_DEVICES="" to train on the CPU, or use trainer.device=auto'
+        )
+    if local_rank >= num_gpus:
+        raise ValueError(
+            f"rank {local_rank} of this machine has no GPU: torch sees {num_gpus}, and every rank "
+            f"needs one of its own; start torchrun with --nproc-per-node {num_gpus}, or with "
+            'CUDA_VISIBLE_DEVICES="" to train on the CPU'
+        )
+
+
+def initialize(layout: Layout, timeout_s: float = 1800.0, device: str = "auto") -> None:
     """Create the process groups of `layout`, and the default group under torchrun if there is none.
 
     A collective that waits longer than `timeout_s` fails. Raises ValueError when the world's size
-    does not fit the layout.
+    does not fit the layout, and for a `device` that this rank cannot have (check_device).
     """
     enable_cpu()
     has_cuda = torch.cuda.is_available()
@@ -80,6 +105,7 @@ def initialize(layout: Layout, timeout_s: float = 1800.0) -> None:
             ) from error
         if has_cuda:
             local_rank = dist.get_node_local_rank()  # pyright: ignore[reportPrivateImportUsage]
+            check_device(device, local_rank, torch.cuda.device_count())
             torch.cuda.set_device(local_rank)
     world_size = dist.get_world_size()
     if world_size % layout.model_ranks:

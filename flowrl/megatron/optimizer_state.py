@@ -110,14 +110,25 @@ def _write(
         owner.optimizer.state[main][kind] = mine.clone()
 
 
+def _counts_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether Adam keeps its update count in each parameter's state, as torch's does.
+
+    The FusedAdam of Transformer Engine and of Apex, which Megatron prefers to torch's where it can
+    import them, keep it in each group and never look at a parameter's.
+    """
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
 def _num_updates(optimizer: MegatronAdamW) -> int:
     """How often Adam was stepped, the same for every parameter."""
     own = 0
     for part in optimizer.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
-            own = max(own, int(group.get("step", 0)))  # Transformer Engine's Adam counts here
-            for main in group["params"]:
-                own = max(own, int(part.optimizer.state[main].get("step", 0)))
+            if _counts_by_parameter(part.optimizer):
+                counts = [part.optimizer.state[main].get("step", 0) for main in group["params"]]
+            else:
+                counts = [group.get("step", 0)]
+            own = max([own, *map(int, counts)])
     count = torch.tensor([own], device=torch.cuda.current_device())
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     return int(count)
@@ -126,6 +137,9 @@ def _num_updates(optimizer: MegatronAdamW) -> int:
 def _set_num_updates(optimizer: MegatronAdamW, count: int) -> None:
     for part in optimizer.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
+            if not _counts_by_parameter(part.optimizer):
+                group["step"] = count
+                continue
             for main in group["params"]:
                 # A tensor for each: torch's Adam counts it up in place.
                 part.optimizer.state[main]["step"] = torch.tensor(float(count))
@@ -174,7 +188,7 @@ def training_tensors(
         def read(parameter: torch.nn.Parameter, kind: str = kind) -> Tensor:
             return _read(optimizer, parameter, kind)
 
-        for name, tensor in export_hf_weights(modules, read=read):
+        for name, tensor in export_hf_weights(modules, read=read, dtype=torch.float32):
             names += [rename(name)] if kind == "master" else []
             yield f"{kind}.{rename(name)}", tensor
     own = own_parameters(modules[-1])

@@ -39,7 +39,8 @@ def output_layer_logprob(
     """Return the log-prob of each target under the model's output layer; see head.py.
 
     Where Megatron's DistributedDataParallel made a main_grad for the output weight, the backward
-    adds to it and obeys grad_added_to_main_grad; else the weight gets a gradient as any other.
+    adds to it and obeys grad_added_to_main_grad; else the weight gets a gradient as any other. It
+    must be float32: Megatron's default for bfloat16 weights is not, grad_reduce_in_fp32=True is.
 
     Args:
         model: of the last pipeline stage, without its wrapper.
@@ -120,12 +121,19 @@ def fuse_output_layer(
     an output layer is left as it is. Tensor and sequence parallelism, tied weights and padding of
     the vocabulary beyond `vocab_size` are taken into account.
 
-    Raises ValueError for a model with multi-token prediction, whose layers have heads of their own.
+    Raises ValueError for a model with multi-token prediction, whose layers have heads of their own,
+    and for defer_embedding_wgrad_compute, which takes the weight's gradient from the output layer.
     """
     if model.config.mtp_num_layers is not None:
         raise ValueError(
             f"mtp_num_layers = {model.config.mtp_num_layers}: the heads of multi-token prediction "
             "are not replaced; build the model without them"
+        )
+    if model.config.defer_embedding_wgrad_compute:
+        raise ValueError(
+            "defer_embedding_wgrad_compute = True: Megatron would compute the output weight's "
+            "gradient after the backward, from inputs that its output layer no longer keeps; set "
+            "it to False"
         )
     if not model.post_process:
         return

@@ -46,7 +46,9 @@ def micro_batches(
 ) -> tuple[list[ShardedBatch], int]:
     """This rank's micro-batches, as many on every rank, and how many all ranks fill.
 
-    `max_tokens` is a strict cap of the tokens that one rank has of a micro-batch.
+    `max_tokens` caps the tokens that one rank has of a micro-batch. What all context-parallel ranks
+    may have together is rounded up to the multiple that sequences are padded to, so that one of
+    max_tokens * context tokens fits: up to (multiple - 1) / context tokens a rank more.
     """
     cp, multiple = layout.context, layout.sequence_multiple
     plan = plan_micro_batches(

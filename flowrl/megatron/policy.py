@@ -39,7 +39,7 @@ class MegatronPolicy:
     optimizer: MegatronAdamW
     layout: Layout
     temperature: float
-    max_tokens: int  # strict cap of the tokens that one rank has of a micro-batch
+    max_tokens: int  # cap of the tokens that one rank has of a micro-batch; see micro_batches
     pooling: Pooling
     detach_z: bool
     drop_mass: float

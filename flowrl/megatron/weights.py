@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from safetensors import safe_open
 from torch import Tensor
@@ -289,31 +288,21 @@ class _Location:
     dtype: torch.dtype
 
 
-def _shape_and_dtype(
-    name: str,
-    parameters: list[torch.nn.Parameter],
-    chunk: FlowModel,
-    read: Callable[[torch.nn.Parameter], Tensor],
-) -> tuple[torch.Size, torch.dtype]:
-    first = read(parameters[0])
-    if _entry(name, chunk.hf_config).is_stacked:
-        return torch.Size([len(parameters), *first.shape]), first.dtype
-    return first.shape, first.dtype
-
-
-def _locate(
-    chunks: Sequence[FlowModel], read: Callable[[torch.nn.Parameter], Tensor]
-) -> list[_Location]:
+def _locate(chunks: Sequence[FlowModel], dtype: torch.dtype | None) -> list[_Location]:
     """All parameters of the model in HF's order; collective over the pipeline.
 
     Chunk by chunk and, within, stage by stage is the order of the layers.
     """
     group = pipeline_group()
+
+    def location(name: str, parameters: list[torch.nn.Parameter], chunk: FlowModel) -> _Location:
+        first = parameters[0]
+        is_stacked = _entry(name, chunk.hf_config).is_stacked
+        shape = [len(parameters), *first.shape] if is_stacked else first.shape
+        return _Location(name, group.rank(), torch.Size(shape), dtype or first.dtype)
+
     own = [
-        [
-            _Location(name, group.rank(), *_shape_and_dtype(name, parameters, chunk, read))
-            for name, parameters in _held(chunk).items()
-        ]
+        [location(name, parameters, chunk) for name, parameters in _held(chunk).items()]
         for chunk in chunks
     ]
     everyone: list[list[list[_Location]]] = [[] for _ in range(group.size())]
@@ -326,84 +315,61 @@ def _locate(
     ]
 
 
-def _along_pipeline(shard: Tensor | None, place: _Location, only_rank_0: bool) -> Tensor | None:
-    """Bring a shard from its stage to all stages or to the first one."""
+def _along_pipeline(shard: Tensor | None, place: _Location) -> Tensor:
+    """Bring a shard from its stage to all stages."""
     group = pipeline_group()
-    if group.size() == 1 or (only_rank_0 and place.stage == 0):
-        return shard
-    is_receiver = group.rank() == 0 if only_rank_0 else shard is None
-    if shard is None and not is_receiver:
-        return None
     if shard is None:
         device = torch.cuda.current_device()  # the CPU where there is no GPU, see cpu.py
         shard = torch.empty(place.shape, dtype=place.dtype, device=device)
-    if not only_rank_0:
+    if group.size() > 1:
         dist.broadcast(shard, group=group, group_src=place.stage)
-    elif is_receiver:
-        dist.recv(shard, group=group, group_src=place.stage)
-    else:
-        dist.send(shard, group=group, group_dst=0)
     return shard
 
 
-def _across_ranks(
-    shard: Tensor, group: dist.ProcessGroup, only_rank_0: bool
-) -> list[Tensor] | None:
-    """Bring the shards of all ranks of a group to all of them or to the first one."""
+def _across_ranks(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Bring the shards of all ranks of a group to all of them."""
     if group.size() == 1:
         return [shard]
-    is_receiver = not only_rank_0 or group.rank() == 0
-    shards = [torch.empty_like(shard) for _ in range(group.size())] if is_receiver else None
-    if only_rank_0:
-        dist.gather(shard, shards, group=group, group_dst=0)
-    else:
-        assert shards is not None
-        dist.all_gather(shards, shard, group=group)
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard, group=group)
     return shards
-
-
-def _is_first_replica(entry: Entry) -> bool:
-    """Whether this rank's group holds the first of the copies of a parameter."""
-    if entry.is_stacked:
-        return parallel_state.get_expert_data_parallel_rank() == 0
-    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
 
 @torch.no_grad()
 def export_hf_weights(
     chunks: Sequence[FlowModel],
     *,
-    only_rank_0: bool = False,
     read: Callable[[torch.nn.Parameter], Tensor] = torch.Tensor.detach,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (HF name, full tensor) in the order of the layers, one parameter in memory at a time.
 
     The experts of a layer are one tensor [E, ...], as in a transformers model.
 
-    Collective: all ranks must exhaust the iterator. With `only_rank_0` the others are given
-    nothing, and only the first replica of the model takes part. `read` chooses what is exported in
-    a parameter's place and shape, such as its gradient. Tied weights appear once, under the
-    embedding's name; Z does not appear.
+    Collective: all ranks must exhaust the iterator, and all are given everything. `read` chooses
+    what is exported in a parameter's place and shape, such as its gradient, and is called once a
+    parameter; `dtype` is that of what it returns, None the parameter's own. Tied weights appear
+    once, under the embedding's name; Z does not appear. Raises ValueError where `read` returns
+    another dtype.
     """
     hf_config = chunks[0].hf_config
     own = {name: parameters for chunk in chunks for name, parameters in _held(chunk).items()}
-    places = _locate(chunks, read)
+    places = _locate(chunks, dtype)
     stage = pipeline_group().rank()
     for place in places:
         if place.name == "output_layer.weight" and hf_config.tie_word_embeddings:
             continue  # the last stage's copy of the embedding
         entry = _entry(place.name, hf_config)
-        if only_rank_0 and not _is_first_replica(entry):
-            continue
         own_shard = None
         if place.stage == stage:
             values = [read(parameter) for parameter in own[place.name]]
             own_shard = torch.stack(values) if entry.is_stacked else values[0].contiguous()
-        shard = _along_pipeline(own_shard, place, only_rank_0)
-        if shard is None or (only_rank_0 and stage > 0):
-            continue
-        shards = [shard]
+            if own_shard.dtype != place.dtype:  # the other stages would receive other bits
+                raise ValueError(
+                    f"read returns {own_shard.dtype} for {place.name}, expected is {place.dtype}: "
+                    f"give dtype={own_shard.dtype}"
+                )
+        shards = [_along_pipeline(own_shard, place)]
         if entry.group is not None:
-            shards = _across_ranks(shard, entry.group(), only_rank_0)
-        if shards is not None and not (only_rank_0 and dist.get_rank() > 0):
-            yield from zip(entry.hf_names, entry.merge(shards), strict=True)
+            shards = _across_ranks(shards[0], entry.group())
+        yield from zip(entry.hf_names, entry.merge(shards), strict=True)

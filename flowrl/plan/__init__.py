@@ -118,7 +118,7 @@ def _is_megatron(config: Config, num_gpus: int) -> bool:
     """As flowrl.config.is_megatron decides under torchrun with one process per GPU."""
     if config.actor.strategy != "auto":
         return config.actor.strategy == "megatron"
-    return max(num_gpus, config.parallel.model_size) > 1
+    return max(num_gpus, config.parallel.num_shares) > 1
 
 
 def _splits(setting: Setting, num_gpus: int) -> list[Split]:

@@ -179,11 +179,21 @@ def head_bytes(sizes: ModelSizes, layout: PlannedLayout, num_rows: int, element:
     forward    4 R V / (128 t) (tile_mean, for the entropy)
     backward   4 R H (grad_hidden)  +  2 e R H  +  128 MiB (a slice)  +  e V H / t, if many
                ranks train (the zeros that autograd gets beside main_grad)
+
+    With t > 1 a half of the rows is computed while the sum of the other half is under way. Beside
+    grad_hidden there are then, in the place of 2 e R H, all in float32:
+
+    no SP      8 R H (the other half's grad_hidden, and the sums)
+    SP         8 R H (the other half's part to send, the rows in their places, the part of them to
+               send)  +  4 R H / t (the sums)
     """
     rows = num_rows * sizes.hidden_size
     tiles = 4 * num_rows * -(-vocab_rows(sizes, layout.tensor) // HEAD_TILE)
     zeros = element * vocab_rows(sizes, layout.tensor) * sizes.hidden_size
-    backward = 4 * rows + 2 * element * rows + HEAD_SLICE_BYTES
+    beside = 2 * element * rows if layout.tensor == 1 else 8 * rows
+    if layout.sequence_parallel:
+        beside += 4 * rows / layout.tensor
+    backward = 4 * rows + beside + HEAD_SLICE_BYTES
     if layout.num_gpus > 1:
         backward += zeros
     return element * rows + tiles + max(tiles, backward)

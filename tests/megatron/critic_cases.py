@@ -183,12 +183,13 @@ def critic_on_ranks(
     if sabotage is not None:
         sabotage()
     chunks = [chunk.module for chunk in critic.chunks]
+    kind = torch.promote_types(case.dtype, torch.float32)
 
     def read() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for chunk in critic.chunks:
             if spread.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
-        gradients = dict(export_hf_weights(chunks, read=lambda p: p.main_grad))
+        gradients = dict(export_hf_weights(chunks, read=lambda p: p.main_grad, dtype=kind))
         weights = dict(export_hf_weights(chunks))
         for name, parameter in own_parameters(chunks[-1]).items():
             gradients[name], weights[name] = parameter.main_grad, parameter.detach()

@@ -162,6 +162,7 @@ def make_model(case: Case) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5 if parameter.ndim > 1 else 1.0)
+    model.generation_config.eos_token_id = [2, 7]  # as of an instruct model: 7 stands there alone
     return model
 
 
@@ -270,9 +271,10 @@ def on_ranks(rank: int, case: Case, spread: Spread, sabotage: Callable[[], None]
     if sabotage is not None:
         sabotage()
     chunks = [chunk.module for chunk in policy.chunks]
+    kind = torch.promote_types(case.dtype, torch.float32)
 
     def read() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        gradients = dict(export_hf_weights(chunks, read=lambda p: p.main_grad))
+        gradients = dict(export_hf_weights(chunks, read=lambda p: p.main_grad, dtype=kind))
         weights = dict(policy.named_weights())
         partition = chunks[-1].partition
         if partition is not None:

@@ -1,12 +1,15 @@
 """The parts of a run around a tiny Megatron policy, for checkpoints without a training loop."""
 
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 
+import torch
 from parallel_cases import (
     Case,
     Spread,
     build_policy,
+    make_model,
     make_objective,
     make_partition,
     make_samples,
@@ -46,6 +49,9 @@ def build_parts(case: Case, spread: Spread, timeout_s: float = 60.0) -> Megatron
     shapes = expected_weights(chunk.hf_config)
     watchdog = Watchdog(timeout_s)
     watchdog.num_steps = lambda: engine.weight_version
+    model, hf_config = make_model(case), deepcopy(chunk.hf_config)
+    # As in files a run begins with: the model's class is named, and most weights are bfloat16.
+    hf_config.architectures, hf_config.dtype = [type(model).__name__], torch.bfloat16
     return MegatronParts(
         policy=policy,
         engine=engine,
@@ -54,7 +60,8 @@ def build_parts(case: Case, spread: Spread, timeout_s: float = 60.0) -> Megatron
         reference_fingerprint="of the reference",
         model_path="tiny",
         tokenizer=tiny_tokenizer(),
-        hf_config=chunk.hf_config,
+        hf_config=hf_config,
+        generation_config=model.generation_config,
         shapes=shapes,
         trained_shapes=trained_shapes(shapes, make_partition(case), None),
         offload_reference=False,

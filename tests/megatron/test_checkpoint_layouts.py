@@ -1,9 +1,11 @@
 """A checkpoint continues under any layout, or in one process, as if nothing had happened."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import megatron.core.optimizer
 import pytest
 import torch
 from harness import run_ranks
@@ -12,6 +14,7 @@ from parts_samples import build_parts, save_step, train_steps
 from safetensors.torch import load_file
 from tiny_model import tiny_tokenizer
 from torch import Tensor
+from transformers import GenerationConfig
 
 from flowrl.checkpoint import (
     TENSORS_FILE,
@@ -175,6 +178,74 @@ def test_checkpoint_holds_z_and_every_count(saved: Callable) -> None:
         assert stored[f"exp_avg.partition.{name}"].abs().max() > 0
     counts = {float(value) for name, value in stored.items() if name.startswith("step.")}
     assert counts == {STEPS_BEFORE}
+
+
+def test_hf_folder_is_that_of_one_process(saved: Callable) -> None:
+    alone, spread = saved(UNTIED, None)[0].hf, saved(UNTIED, DP2)[0].hf
+    names = {path.name for path in alone.iterdir()}
+    assert {path.name for path in spread.iterdir()} == names
+    assert "generation_config.json" in names
+    for name in names - {"model.safetensors"}:
+        assert (spread / name).read_text() == (alone / name).read_text(), name
+    assert json.loads((spread / "config.json").read_text())["dtype"] == "float32"
+    assert GenerationConfig.from_pretrained(spread).eos_token_id == [2, 7]
+
+
+class GroupCountingAdam(torch.optim.Optimizer):
+    """AdamW that counts its updates as the FusedAdam of Transformer Engine and Apex do."""
+
+    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode):
+        assert adam_w_mode
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+
+    @torch.no_grad()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            (first, second), lr = group["betas"], group["lr"]
+            corrections = 1 - first ** group["step"], 1 - second ** group["step"]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if len(state) == 0:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["exp_avg"].lerp_(parameter.grad, 1 - first)
+                state["exp_avg_sq"].lerp_(parameter.grad**2, 1 - second)
+                scale = (state["exp_avg_sq"] / corrections[1]).sqrt() + group["eps"]
+                parameter.mul_(1 - lr * group["weight_decay"])
+                parameter.sub_(lr / corrections[0] * state["exp_avg"] / scale)
+
+
+def continued_and_saved(
+    rank: int, spread: Spread, checkpoint: Checkpoint, run_dir: Path
+) -> Figures:
+    """Steps after a checkpoint by an Adam that counts in its groups, and a checkpoint of them."""
+    # The names under which Megatron imports FusedAdam where it is installed.
+    megatron.core.optimizer.Adam = GroupCountingAdam
+    megatron.core.optimizer.distrib_optimizer.Adam = GroupCountingAdam
+    megatron.core.optimizer.USING_PYTORCH_OPTIMIZER = False
+    parts = build_parts(UNTIED, spread)
+    parts.load(checkpoint)
+    figures = train_steps(parts.policy, UNTIED, STEPS_BEFORE, STEPS)
+    save_step(parts, run_dir, STEPS)
+    parts.close()
+    return figures
+
+
+@pytest.mark.parametrize("spread", [TP2_SP, DP2], ids=["TP2 SP", "DP2, distributed optimiser"])
+def test_an_adam_that_counts_in_its_groups_continues_equally(
+    spread: Spread, saved: Callable, tmp_path: Path
+) -> None:
+    checkpoint, straight = saved(UNTIED, None)
+    for outcome in run_ranks(2, continued_and_saved, spread, checkpoint, tmp_path):
+        for figures, expected in zip(outcome, straight, strict=True):
+            assert figures == pytest.approx(expected, rel=1e-5)
+    stored = load_file(tmp_path / "checkpoints" / f"global_step_{STEPS}" / TENSORS_FILE)
+    assert {float(value) for name, value in stored.items() if name.startswith("step.")} == {STEPS}
 
 
 def other_reference(rank: int, checkpoint: Checkpoint) -> str:

@@ -123,3 +123,24 @@ def test_fused_output_layer_equals_megatrons(layout: Layout, tied: bool) -> None
             scale = float(grad.norm())
             assert scale > 0
             assert float((fused_grads[name] - grad).norm()) < 2e-6 * scale, name
+
+
+def refusals(rank: int) -> list[str]:
+    initialize(Layout())
+    model = tiny_gpt(Layout(), tied=False)
+    messages = []
+    for name, value in (("mtp_num_layers", 1), ("defer_embedding_wgrad_compute", True)):
+        usual = getattr(model.config, name)
+        setattr(model.config, name, value)
+        with pytest.raises(ValueError) as caught:
+            fuse_output_layer(model, VOCABULARY)
+        messages.append(str(caught.value))
+        setattr(model.config, name, usual)
+    return messages
+
+
+def test_models_whose_output_layer_has_other_work_are_refused() -> None:
+    ((several, deferred),) = run_ranks(1, refusals)
+    assert several.startswith("mtp_num_layers = 1: ") and several.endswith("without them")
+    assert deferred.startswith("defer_embedding_wgrad_compute = True: ")
+    assert deferred.endswith("set it to False")

@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from harness import _report, _work, run_ranks
 from parallel_cases import Case, Spread, build_policy, make_objective, make_samples
-from parts_samples import build_parts, save_step, train_steps
+from parts_samples import KeepingEngine, build_parts, save_step, train_steps
+from torch import Tensor
 from training_samples import settings, untimed_rows
 
 from flowrl import train as training
 from flowrl.checkpoint import latest_checkpoint
 from flowrl.config import load_config
-from flowrl.main_rank import on_main_rank
+from flowrl.main_rank import MainRankEngine, is_main_rank, on_main_rank
 from flowrl.megatron.layout import Layout
 from flowrl.megatron.watchdog import Watchdog
 
@@ -168,6 +169,63 @@ def alone(rank: int) -> int:
 
 def test_one_rank_watches_nobody() -> None:
     assert run_ranks(1, alone) == [0]
+
+
+def losing(
+    rank: int, tensors: Iterable[tuple[str, Tensor]], num_whole: int
+) -> Iterator[tuple[str, Tensor]]:
+    """What the first rank gathers breaks off after some tensors; the others wait for the next."""
+    for number, tensor in enumerate(tensors):
+        if rank == 0 and number == num_whole:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        yield tensor
+
+
+def publish_what_is_lost(rank: int) -> None:
+    log_to_report()
+
+    def gathering() -> Iterator[tuple[str, Tensor]]:
+        for name in "abc":
+            value = torch.ones(1)
+            dist.all_reduce(value)
+            yield name, value
+
+    with Watchdog(600.0):
+        engine = MainRankEngine(KeepingEngine() if is_main_rank() else None)
+        engine.publish(losing(rank, gathering(), 1), version=1)
+
+
+def save_what_is_lost(rank: int, run_dir: Path) -> None:
+    log_to_report()
+    parts = build_parts(Case(), PP2, timeout_s=600.0)
+    weights = parts.policy.named_weights
+    parts.policy.named_weights = lambda: losing(rank, weights(), 3)
+    try:
+        save_step(parts, run_dir, 1)
+    finally:
+        parts.close()
+
+
+def assert_all_ended_by_the_lost_gathering(ended: list[Ended]) -> None:
+    """Long before the 600 s after which a collective gives up."""
+    assert [rank.exit_code for rank in ended] == [1, 1], ended
+    cause = (
+        "rank 0 failed in step 1: GatherError: rank 0 failed while all ranks gathered tensors: "
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    )
+    assert cause in ended[0].report
+    assert f"rank 1 ends, since {cause}" in ended[1].report
+
+
+def test_a_gathering_that_fails_on_the_main_rank_alone_ends_all() -> None:
+    assert_all_ended_by_the_lost_gathering(ended_ranks(2, publish_what_is_lost))
+
+
+def test_a_gathering_for_a_checkpoint_that_fails_on_the_main_rank_alone_ends_all(
+    tmp_path: Path,
+) -> None:
+    assert_all_ended_by_the_lost_gathering(ended_ranks(2, save_what_is_lost, tmp_path))
+    assert latest_checkpoint(tmp_path) is None
 
 
 def poisoned(rank: int, name: str, is_weight: bool) -> list[str]:

@@ -264,6 +264,40 @@ def bad_targets(rank: int) -> list[str]:
     return messages
 
 
+def bad_buffers(rank: int) -> list[str]:
+    hidden, weight = torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(10, 8).bfloat16()
+    buffers = [
+        {"weight_grad": torch.zeros_like(weight)},
+        {"weight_grad": torch.zeros(11, 8)},
+        {"weight_grad": torch.zeros(10, 8, device="meta")},
+        {"dropped_mass": torch.zeros(4, dtype=torch.bfloat16)},
+        {"dropped_mass": torch.zeros(3)},
+    ]
+    messages = []
+    for buffer in buffers:
+        with pytest.raises(ValueError) as caught:
+            vocab_parallel_logprob(
+                hidden, weight, torch.arange(4), 1.0, 10 * rank, dist.group.WORLD, **buffer
+            )
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_buffers_that_do_not_fit_are_refused_on_every_rank() -> None:
+    first, second = run_ranks(2, bad_buffers)
+    assert first == second
+    expected = [
+        "weight_grad must be [10, 8], torch.float32, on cpu; got [10, 8], torch.bfloat16, on cpu: "
+        "a main_grad is float32 with DistributedDataParallelConfig(grad_reduce_in_fp32=True)",
+        "got [11, 8], torch.float32, on cpu",
+        "got [10, 8], torch.float32, on meta",
+        "dropped_mass must be [4], torch.float32, on cpu; got [4], torch.bfloat16, on cpu",
+        "got [3], torch.float32, on cpu",
+    ]
+    for message, part in zip(first, expected, strict=True):
+        assert part in message
+
+
 def test_bad_input_is_refused_on_every_rank() -> None:
     first, second = run_ranks(2, bad_targets)
     assert first == second

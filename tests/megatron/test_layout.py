@@ -8,6 +8,7 @@ from harness import run_ranks
 
 from flowrl.megatron.layout import (
     Layout,
+    check_device,
     context_group,
     data_rank,
     data_size,
@@ -85,3 +86,21 @@ def test_without_torchrun_the_remedy_is_named() -> None:
     fork = multiprocessing.get_context("fork")  # what initialize changes stays in the child
     with fork.Pool(1) as pool, pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
         pool.apply(initialize, (Layout(tensor=2),))
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "num_gpus"),
+    [("auto", 7, 0), ("cpu", 7, 0), ("auto", 7, 8), ("cuda", 0, 1)],
+)
+def test_device_of_a_rank(device: str, local_rank: int, num_gpus: int) -> None:
+    check_device(device, local_rank, num_gpus)
+
+
+def test_device_that_a_rank_cannot_have_is_refused() -> None:
+    with pytest.raises(ValueError) as caught:
+        check_device("auto", 2, 2)
+    assert "rank 2 of this machine has no GPU: torch sees 2" in str(caught.value)
+    assert '--nproc-per-node 2, or with CUDA_VISIBLE_DEVICES=""' in str(caught.value)
+    with pytest.raises(ValueError, match="trainer.device = cpu, but torch sees 4 GPU") as caught:
+        check_device("cpu", 0, 4)
+    assert 'CUDA_VISIBLE_DEVICES=""' in str(caught.value)

@@ -140,7 +140,8 @@ def megatron_results(
     )
     # Every data- and context-parallel rank counted 1 per micro-batch, and Megatron divided by all.
     count = len(LENGTHS) * layout.context
-    main_grads = export_hf_weights(chunks, read=operator.attrgetter("main_grad"))
+    kind = torch.promote_types(chunks[0].config.params_dtype, torch.float32)
+    main_grads = export_hf_weights(chunks, read=operator.attrgetter("main_grad"), dtype=kind)
     return states, {name: value * count for name, value in main_grads}
 
 

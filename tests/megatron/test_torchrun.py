@@ -94,7 +94,7 @@ SLURM = {
     "scontrol": 'case "$1" in show) echo one; echo two;; *) echo "$@" >> "$CALLS";; esac',
     "scancel": 'echo "$@" >> "$CALLS"; touch "$STOPPED"',
     # Waits for the signal where the test sends one, then ends as the test wants.
-    "srun": 'echo "$RDZV_ENDPOINT $RDZV_ID $@" >> "$CALLS"\n'
+    "srun": 'echo "$RDZV_ENDPOINT $RDZV_ID $SRUN_CPUS_PER_TASK $@" >> "$CALLS"\n'
     'if [ -n "$IS_LONG" ]; then while ! [ -e "$STOPPED" ]; do sleep 0.05; done; fi\n'
     "exit $STATUS",
 }
@@ -124,6 +124,7 @@ def test_slurm_job_goes_back_into_the_queue_when_it_should(
         "SLURM_JOB_NODELIST": "[one,two]",
         "SLURM_GPUS_ON_NODE": "8",
         "SLURM_RESTART_COUNT": str(restarts),
+        "SLURM_CPUS_PER_TASK": "48",  # of sbatch --cpus-per-task; srun looks at its own alone
     }
     job = subprocess.Popen(["bash", BATCH, "config.yaml", "flow.beta=5"], env=environment)
     if is_long:
@@ -132,7 +133,7 @@ def test_slurm_job_goes_back_into_the_queue_when_it_should(
         job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=20) == status
     started, *others = calls.read_text().splitlines()
-    assert started.startswith(f"one:23456 123456-{restarts} ")
+    assert started.startswith(f"one:23456 123456-{restarts} 48 ")
     assert started.endswith("examples/slurm/node.sh config.yaml flow.beta=5")
     stop = ["--signal=USR1 123456"] if is_long else []
     assert others == stop + (["requeue 123456"] if is_requeued else [])

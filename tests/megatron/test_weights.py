@@ -51,12 +51,12 @@ def build(kind: str, tied: bool, layout: Layout, dtype: torch.dtype) -> list[Flo
 
 
 def round_trip(
-    rank: int, kind: str, tied: bool, layout: Layout, source: Any, only_rank_0: bool
+    rank: int, kind: str, tied: bool, layout: Layout, source: Any
 ) -> tuple[dict[str, Tensor], bool, list[Tensor]]:
     """What is exported, whether Z was left alone, and the rows of the output weight."""
     chunks = build(kind, tied, layout, torch.bfloat16)
     load_hf_weights(chunks, source)
-    exported = dict(export_hf_weights(chunks, only_rank_0=only_rank_0))
+    exported = dict(export_hf_weights(chunks))
     last, rows = chunks[-1], []
     if last.post_process:
         weight = last.output_weight().detach()
@@ -73,7 +73,7 @@ def test_round_trip_is_bit_exact(name: str, kind: str, tied: bool) -> None:
     layout = LAYOUTS[name]
     truth = hf_model(hf_config(kind, tied=tied), torch.bfloat16).state_dict()
     pairs = list(truth.items())
-    results = run_ranks(layout.model_ranks, round_trip, kind, tied, layout, pairs, False)
+    results = run_ranks(layout.model_ranks, round_trip, kind, tied, layout, pairs)
     expected = [n for n in truth if not (tied and n == "lm_head.weight")]
     for exported, is_z_kept, _ in results:
         assert is_z_kept
@@ -95,35 +95,60 @@ def test_round_trip_of_experts_is_bit_exact(name: str, tmp_path: Path) -> None:
     assert "model.layers.0.mlp.experts.0.gate_proj.weight" in files
     assert "model.layers.0.mlp.experts.gate_up_proj" in truth
     for source in ([*truth.items()], tmp_path):
-        for only_rank_0 in (False, True):
-            results = run_ranks(
-                layout.model_ranks, round_trip, "qwen3_moe", False, layout, source, only_rank_0
-            )
-            for exported, is_z_kept, _ in results[:1] if only_rank_0 else results:
-                assert is_z_kept and exported.keys() == expected_weights(model.config).keys()
-                assert all(torch.equal(exported[n], x) for n, x in truth.items())
+        results = run_ranks(layout.model_ranks, round_trip, "qwen3_moe", False, layout, source)
+        for exported, is_z_kept, _ in results:
+            assert is_z_kept and exported.keys() == expected_weights(model.config).keys()
+            assert all(torch.equal(exported[n], x) for n, x in truth.items())
 
 
 def test_layers_come_in_order() -> None:
     layout = LAYOUTS["pp2-vpp2"]
     pairs = list(hf_model(hf_config("llama"), torch.bfloat16).state_dict().items())
-    exported = run_ranks(2, round_trip, "llama", False, layout, pairs, False)[0][0]
+    exported = run_ranks(2, round_trip, "llama", False, layout, pairs)[0][0]
     layers = [int(n.split(".")[2]) for n in exported if n.startswith("model.layers.")]
     assert layers == sorted(layers) and set(layers) == {0, 1, 2, 3}
     assert list(exported)[0] == "model.embed_tokens.weight"
     assert list(exported)[-1] == "lm_head.weight"
 
 
-@pytest.mark.parametrize("name", ["tp2-pp2", "pp2-vpp2"])
-def test_export_to_rank_0_alone(name: str) -> None:
-    """Two replicas: the second one has nothing to do, the others send."""
-    layout = LAYOUTS[name]
-    truth = hf_model(hf_config("llama"), torch.bfloat16).state_dict()
-    pairs = list(truth.items())
-    results = run_ranks(2 * layout.model_ranks, round_trip, "llama", False, layout, pairs, True)
-    assert sorted(results[0][0]) == sorted(truth)
-    assert all(torch.equal(value, truth[n]) for n, value in results[0][0].items())
-    assert all(exported == {} for exported, _, _ in results[1:])
+def reads(rank: int, kind: str, layout: Layout) -> tuple[list[int], dict[str, Tensor]]:
+    """How often each of the model's parameters is read, and the doubled values."""
+    chunks = build(kind, False, layout, torch.bfloat16)
+    load_hf_weights(chunks, hf_model(hf_config(kind), torch.bfloat16).named_parameters())
+    counts = {p: 0 for c in chunks for n, p in c.named_parameters() if "partition." not in n}
+
+    def read(parameter: torch.nn.Parameter) -> Tensor:
+        counts[parameter] += 1
+        return 2 * parameter.detach().float()
+
+    doubled = dict(export_hf_weights(chunks, read=read, dtype=torch.float32))
+    return list(counts.values()), doubled
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_what_is_read_once_may_have_another_dtype(kind: str) -> None:
+    """A read may be a collective of its own, as that of masters and moments is."""
+    layout = Layout(pipeline=2, expert=2) if kind == "qwen3_moe" else LAYOUTS["pp2"]
+    truth = dict(hf_model(hf_config(kind), torch.bfloat16).named_parameters())
+    for numbers, doubled in run_ranks(layout.model_ranks, reads, kind, layout):
+        assert set(numbers) == {1}
+        assert doubled.keys() == truth.keys()
+        assert all(torch.equal(doubled[n], 2 * x.float()) for n, x in truth.items())
+
+
+def other_dtype(rank: int) -> str:
+    chunks = build("llama", False, Layout(), torch.bfloat16)
+    with pytest.raises(ValueError) as caught:
+        dict(export_hf_weights(chunks, read=lambda parameter: parameter.float()))
+    return str(caught.value)
+
+
+def test_a_read_of_another_dtype_than_announced_is_refused() -> None:
+    (text,) = run_ranks(1, other_dtype)
+    assert text == (
+        "read returns torch.float32 for embedding.word_embeddings.weight, expected is "
+        "torch.bfloat16: give dtype=torch.float32"
+    )
 
 
 @pytest.mark.parametrize("size", ["1GB", "2KB"], ids=["one-file", "many-files"])
@@ -131,7 +156,7 @@ def test_load_from_folder(size: str, tmp_path: Path) -> None:
     model = hf_model(hf_config("qwen2"), torch.float32)
     model.save_pretrained(tmp_path, max_shard_size=size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size == "2KB")
-    results = run_ranks(2, round_trip, "qwen2", False, LAYOUTS["tp2"], tmp_path, False)
+    results = run_ranks(2, round_trip, "qwen2", False, LAYOUTS["tp2"], tmp_path)
     for exported, _, _ in results:
         # The weights have bfloat16 precision, so rounding to the model's dtype changes nothing.
         assert all(torch.equal(exported[n].float(), x) for n, x in model.state_dict().items())
