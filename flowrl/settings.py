@@ -540,6 +540,12 @@ class Config(Section):
             )
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the objective reads the reference's log-probs."""
+        is_flow = self.algorithm.objective == "flow_balance"
+        return is_flow or self.actor.use_kl_loss or self.algorithm.use_kl_in_reward
+
+    @property
     def run_dir(self) -> Path:
         """The directory that receives everything this run writes."""
         return Path(self.trainer.default_local_dir or f"runs/{self.trainer.experiment_name}")

@@ -90,7 +90,7 @@ def training_step(run: Run) -> dict[str, float]:
     if config.algorithm.mask_truncated:
         mask_truncated(samples)
 
-    if needs_reference(config):
+    if config.needs_reference:
         run.console.phase("reference")
         with Timer("ref", timings):
             set_logprobs(samples, "ref_logprobs", run.parts.reference_logprobs(samples))
@@ -208,12 +208,6 @@ def mini_batches(run: Run, samples: Sequence[Sample]) -> Iterator[Sequence[Sampl
     for _ in range(run.config.actor.ppo_epochs):
         for first in range(0, len(samples), size):
             yield samples[first : first + size]
-
-
-def needs_reference(config: Config) -> bool:
-    """Whether the objective reads the reference's log-probs."""
-    is_flow = config.algorithm.objective == "flow_balance"
-    return is_flow or config.actor.use_kl_loss or config.algorithm.use_kl_in_reward
 
 
 def needs_old_logprobs(config: Config) -> bool:

@@ -213,6 +213,7 @@ def test_time_of_one_process_by_hand() -> None:
     matrices, attention = layer_flops(QWEN_7B, tokens, length)
     head = 2 * rows * 3584 * 152064
     peak = 0.4 * 989e12
+    assert time.reference is not None
     assert time.reference.seconds == pytest.approx((28 * (matrices + attention) + head) / peak)
     update = 28 * (3 * matrices + 3.5 * attention) + 4 * head
     assert time.num_updates == 4
@@ -223,6 +224,7 @@ def test_time_of_one_process_by_hand() -> None:
     assert time.update.communication_s == time.update.bubble == time.critic_s == 0
     ppo = plan_of("data.max_prompt_length=1000", "algorithm.objective=ppo", gpus=1).configured
     assert ppo is not None
+    assert ppo.time.reference is None  # nothing reads it
     trunk = 28 * (4 * matrices + 4.5 * attention)
     assert ppo.time.critic_s == pytest.approx(trunk / peak)
 

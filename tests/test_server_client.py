@@ -293,7 +293,8 @@ def test_serve_passes_the_runs_settings_on() -> None:
     assert pairs["--hf-overrides"] == '{"head_dtype": "float32"}'
     assert "--no-enable-prefix-caching" in command and "--enforce-eager" not in command
     assert command[-2:] == ["--seed", "5"]
-    assert "--enforce-eager" in server_command(config, "/m", "h", 1, [], is_cpu=True)
+    on_cpu = server_command(config, "/m", "h", 1, [], is_cpu=True)
+    assert "--enforce-eager" in on_cpu and "{}" in on_cpu
     assert "--weight-transfer-config" not in command
     over_network = load_config(None, [*overrides, "rollout.weight_transfer=nccl"])
     command = server_command(over_network, "/m", "h", 1, [], is_cpu=True)

@@ -132,7 +132,10 @@ def _time_table(plan: Plan, candidate: Candidate) -> Table:
         f"{generation.num_engines} engine(s) of {generation.gpus_per_engine} GPU(s), "
         f"{generation.concurrency} sequences at once",
     )
-    table.add_row("reference log-probs", f"{time.reference.seconds:.1f}", _detail(time.reference))
+    if time.reference is not None:
+        table.add_row(
+            "reference log-probs", f"{time.reference.seconds:.1f}", _detail(time.reference)
+        )
     if time.old_logprobs is not None:
         table.add_row(
             "old log-probs", f"{time.old_logprobs.seconds:.1f}", _detail(time.old_logprobs)

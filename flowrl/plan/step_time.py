@@ -50,7 +50,7 @@ class PassTime:
 class StepTime:
     """Seconds of one training step, by phase; the phases follow one another."""
 
-    reference: PassTime
+    reference: PassTime | None  # None: the objective does not read it
     old_logprobs: PassTime | None  # None: the update's own forward gives them
     update: PassTime  # one optimiser step
     num_updates: int
@@ -59,9 +59,9 @@ class StepTime:
 
     @property
     def trainer_s(self) -> float:
-        total = self.reference.seconds + self.num_updates * self.update.seconds
-        total += self.critic_s + self.publish_s
-        return total if self.old_logprobs is None else total + self.old_logprobs.seconds
+        passes = [p for p in (self.reference, self.old_logprobs) if p is not None]
+        total = sum(p.seconds for p in passes) + self.num_updates * self.update.seconds
+        return total + self.critic_s + self.publish_s
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,8 @@ def step_time(
     ranks = workload.gpus_per_node + 1 if is_separate else layout.num_gpus
     publish_s = size / _bandwidth(workload, ranks) if is_separate or layout.num_gpus > 1 else 0.0
     old_logprobs = forward if takes_old_logprobs(config) else None
-    return StepTime(forward, old_logprobs, update, num_updates, critic_s, publish_s)
+    reference = forward if config.needs_reference else None
+    return StepTime(reference, old_logprobs, update, num_updates, critic_s, publish_s)
 
 
 def takes_old_logprobs(config: Config) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from flowrl.config import cache_dir, kept_environment
 from flowrl.policy.pretrained import resolve_model_path
-from flowrl.rollout.requests import CONFIG_OVERRIDES
+from flowrl.rollout.requests import config_overrides
 from flowrl.rollout.weight_broadcast import ENGINE_NAME
 from flowrl.settings import Config
 
@@ -36,7 +36,7 @@ def server_command(
     command += ["--gpu-memory-utilization", str(rollout.gpu_memory_utilization)]
     command += ["--generation-config", "vllm"]  # the model's own defaults would change sampling
     command += ["--logprobs-mode", "processed_logprobs"]
-    command += ["--hf-overrides", json.dumps(CONFIG_OVERRIDES)]
+    command += ["--hf-overrides", json.dumps(config_overrides(is_cpu))]
     command += ["--enable-scale-out", "--worker-extension-cls", EXTENSION]
     command += ["--disable-uvicorn-access-log"]  # a line per response
     if rollout.weight_transfer == "nccl":

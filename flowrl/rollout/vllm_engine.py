@@ -27,8 +27,8 @@ from flowrl.config import kept_environment
 from flowrl.rollout import Response, SamplingParams
 from flowrl.rollout.publication import checked, expected_weights
 from flowrl.rollout.requests import (
-    CONFIG_OVERRIDES,
     check_prompts,
+    config_overrides,
     end_token_ids,
     request_seeds,
 )
@@ -133,7 +133,7 @@ class VllmEngine:
                     dtype=dtype,  # pyright: ignore[reportArgumentType]
                     generation_config="vllm",  # the model's own defaults would change sampling
                     logprobs_mode="processed_logprobs",
-                    hf_overrides=CONFIG_OVERRIDES,
+                    hf_overrides=config_overrides(is_cpu),
                     max_model_len=max_model_len,
                     max_num_seqs=settings.max_num_seqs,
                     gpu_memory_utilization=settings.gpu_memory_utilization,

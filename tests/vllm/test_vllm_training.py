@@ -13,11 +13,13 @@ import torch
 from training_samples import config_file, refused, settings, trained, training_rows, untimed_rows
 from vllm_models import need_vllm, vllm_engine
 
+import flowrl.rollout.vllm_engine
 from flowrl.batch import Sample, pack
 from flowrl.config import load_config
 from flowrl.policy.forward import forward_tokens
 from flowrl.policy.pretrained import load_model
 from flowrl.rollout import SamplingParams
+from flowrl.rollout.requests import config_overrides
 from flowrl.run import start, verify_engine
 
 need_vllm()
@@ -137,12 +139,17 @@ def test_without_vllm_the_error_names_the_remedy(
     assert "rollout.engine = vllm needs vLLM" in message and "make vllm" in message
 
 
-def test_head_of_a_bfloat16_model_rounds_no_logits(tiny_sums: Path) -> None:
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_head_of_a_bfloat16_model_rounds_no_logits_on_a_gpu(
+    tiny_sums: Path, is_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Log-probs to one prompt differ as the logits do, rounded ones by multiples of 2^-10."""
+    overrides = config_overrides(is_cpu)
+    monkeypatch.setattr(flowrl.rollout.vllm_engine, "config_overrides", lambda is_cpu: overrides)
     params = SamplingParams(n=64, temperature=1.0, max_tokens=1)
     with vllm_engine(tiny_sums, dtype="bfloat16") as engine:
         (responses,) = engine.generate([[1, 7, 11]], params, seed=3)
     logprobs = torch.tensor(sorted({response.logprobs[0] for response in responses}))
     steps = (logprobs.double() - logprobs[-1].double()) * 2**10
     assert len(logprobs) >= 4
-    assert (steps - steps.round()).abs().max() > 0.05
+    assert (float((steps - steps.round()).abs().max()) < 0.05) is is_cpu
