@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 
 from flowrl.kernels import _native
+from flowrl.kernels._triton import HAS_KERNELS
 from flowrl.kernels.flow_balance import sequence_sums
 from flowrl.kernels.segment_mean import segment_sum
 from flowrl.kernels.token_clip import token_clip
 
 OPS = torch.ops.flowrl
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _sequence_sums(x: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -89,3 +91,42 @@ def test_operators_stay_within_their_tensors(cu):
         with pytest.raises(ValueError, match="cu_seqlens must"):
             operator(*arguments)
 
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="needs triton and CUDA or its interpreter")
+@pytest.mark.parametrize(
+    ("cu", "inside"),
+    [([0, 4], [0, 4]), ([1, 3, 4], [1, 3, 4]), ([0, 2**21], [0, 6]), ([-3, 8], [0, 6]), ([5], [])],
+    ids=str,
+)
+def test_triton_stays_within_the_tokens(cu, inside, nan_filled_empty):
+    """On a GPU nobody looks at the values: tokens outside count as none, with gradient 0."""
+    from flowrl.kernels.flow_balance import gpu as flow_balance
+    from flowrl.kernels.segment_mean import gpu as segment_mean
+    from flowrl.kernels.token_clip import gpu as token_clip
+
+    cu_seqlens = torch.tensor(cu, device=DEVICE)
+    # The tokens are a part of a larger tensor, whose rest would show in a sum.
+    x, mask = torch.full((2, 40), 100.0, device=DEVICE), torch.ones(40, device=DEVICE).bool()
+    x[0, :6] = -1
+    x, mask = x[0, :6], mask[:6]
+    coefficient = torch.arange(2, len(cu) + 1, device=DEVICE, dtype=torch.float64)
+    rule = (coefficient.float(), "clip", 0.2, 0.2)
+    expected, counts = torch.zeros(6), []
+    for b, (begin, end) in enumerate(zip(inside[:-1], inside[1:], strict=True)):
+        expected[begin:end] = 2 + b
+        counts.append(end - begin)
+
+    sums = flow_balance.sequence_sums(x, x, x, mask, cu_seqlens, *rule)
+    assert sums[:, flow_balance.reference.POLICY].tolist() == [-count for count in counts]
+    grad = flow_balance.sequence_sums_backward(coefficient, x, x, mask, cu_seqlens, *rule)
+    assert grad.tolist() == expected.tolist()
+    sums, num_rows = segment_mean.segment_sum(x[:, None], cu_seqlens, mask)
+    assert sums[:, 0].tolist() == [-count for count in counts] and num_rows.tolist() == counts
+    grad = segment_mean.segment_sum_backward(rule[0][:, None], cu_seqlens, mask, torch.float32)
+    assert grad[:, 0].tolist() == expected.tolist()
+    options = (None, None, 0.2, 0.2, 3.0, 0.0)
+    sums, unit = token_clip.token_clip(x, x, -x, mask, cu_seqlens, *options)
+    assert sums[:, token_clip.reference.LOSS].tolist() == [-count for count in counts]
+    assert unit.tolist() == [-float(value > 0) for value in expected]
+    grad = token_clip.token_clip_backward(coefficient, unit, cu_seqlens)
+    assert (-grad).tolist() == expected.tolist()
