@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flowrl.kernels._triton import IS_INTERPRETED
 from flowrl.kernels.linear_logprob import reference
+from flowrl.kernels.linear_logprob.checks import check_inputs
 from flowrl.kernels.linear_logprob.gpu_blocks import BLOCKS, Table, device_kind, launch_options
 
 TILE = tl.constexpr(128)
@@ -54,6 +55,7 @@ def forward(
         return reference.forward(
             hidden, weight_shard, target, vocab_start, temperature, ignore_index, entropy
         )
+    check_inputs(hidden, weight_shard, target, temperature)
     num_rows, num_entries = hidden.shape[0], weight_shard.shape[0]
     num_tiles = triton.cdiv(num_entries, TILE.value)
     lse, target_logit, mean_logit = (

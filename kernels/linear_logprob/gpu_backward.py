@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flowrl.kernels._triton import IS_INTERPRETED
 from flowrl.kernels.linear_logprob import reference
+from flowrl.kernels.linear_logprob.checks import check_backward, check_inputs
 from flowrl.kernels.linear_logprob.gpu import (
     TILE,
     block_source,
@@ -74,7 +75,8 @@ def backward(
     float64 is the reference's.
 
     Raises:
-        ValueError: `kept_logits` without `logprob`, from which 1 - p of the target is taken.
+        ValueError: shapes, dtypes and devices that do not fit each other; `kept_logits` without
+            `logprob`, from which 1 - p of the target is taken.
     """
     if hidden.dtype == torch.float64:
         return reference.backward(
@@ -82,6 +84,11 @@ def backward(
             *(grad_logprob, grad_entropy, drop_mass, logprob, ignore_index, dropped_mass),
             *(weight_grad, kept_logits, needs_grad_weight, grad_weight_dtype),
         )
+    check_inputs(hidden, weight_shard, target, temperature)
+    check_backward(
+        *(hidden, weight_shard, lse, mean_logit, tile_lse, grad_logprob, grad_entropy),
+        *(logprob, dropped_mass, weight_grad),
+    )
     if kept_logits is not None and logprob is None:
         raise ValueError("kept_logits is given without logprob; pass the log-probs of the forward")
     has_result = needs_grad_weight and weight_grad is None
