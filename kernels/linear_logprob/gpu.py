@@ -154,6 +154,8 @@ def interpretable(tensor: Tensor) -> Tensor:
     """
     if IS_INTERPRETED and tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
+    if tensor.shape[0] == 1:
+        tensor = tensor[0][None]  # its row stride may be anything, and TMA takes not every one
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
@@ -166,7 +168,8 @@ def can_use_tma(*matrices: Tensor) -> bool:
     if device_capability(matrices[0]) < (9, 0) or matrices[0].dtype == torch.float32:
         return False
     for matrix in matrices:
-        row_bytes = (matrix.stride(0) if matrix.stride(1) == 1 else matrix.shape[1]) * 2
+        is_strided = matrix.stride(1) == 1 and matrix.shape[0] > 1  # see `interpretable`
+        row_bytes = (matrix.stride(0) if is_strided else matrix.shape[1]) * 2
         is_aligned = matrix.stride(1) != 1 or matrix.data_ptr() % TENSOR_MAP_ALIGNMENT == 0
         if not is_aligned or row_bytes % TENSOR_MAP_ALIGNMENT or matrix.numel() == 0:
             return False

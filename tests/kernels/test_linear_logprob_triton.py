@@ -197,6 +197,22 @@ def test_memory_budget_buys_the_kept_softmax(monkeypatch):
     assert sizes[-1] is False
 
 
+def test_one_row_is_read_alike_whatever_its_stride():
+    """The stride of a dimension of one row means nothing, but TMA would refuse that of `one`."""
+    row = torch.randn(16, 1, device=DEVICE).half()
+    one, weight = row.t(), torch.randn(300, 16, device=DEVICE).half()
+    assert one.stride() == (1, 1)
+    assert gpu.can_use_tma(one, weight) == gpu.can_use_tma(row.flatten()[None], weight)
+    assert gpu.interpretable(one).stride() == (16, 1)
+    target = torch.tensor([7], device=DEVICE)
+    for result, expected in zip(
+        FORWARD(one, weight, target, 0, 1.0),
+        FORWARD(row.flatten()[None], weight, target, 0, 1.0),
+        strict=True,
+    ):
+        assert torch.equal(result, expected)
+
+
 def test_kept_logits_need_the_logprob():
     hidden, weight, target = make_case(3, 8, 50)
     kept = torch.empty(3, 128, device=DEVICE)
