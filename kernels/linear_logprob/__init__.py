@@ -226,8 +226,10 @@ class _LinearLogprob(torch.autograd.Function):
         # NaN here reaches the values and, through the saved lse, the gradients of such a row.
         lse = lse.masked_fill(is_bad, torch.nan)
         logprob = (target_logit - lse).clamp(max=0).masked_fill(is_ignored, 0)
-        ctx.save_for_backward(hidden, weight, target, lse, mean_logit, tile_lse, logprob)
-        ctx.kept_logits = kept_logits
+        # As an attribute kept_logits would outlive the backward for as long as logprob is held.
+        ctx.save_for_backward(
+            hidden, weight, target, lse, mean_logit, tile_lse, logprob, kept_logits
+        )
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.drop_mass, ctx.ignore_index = temperature, drop_mass, ignore_index
         ctx.dropped_mass, ctx.weight_grad, ctx.operators = dropped_mass, weight_grad, operators
@@ -238,7 +240,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprob: Tensor | None, grad_entropy: Tensor | None):
-        hidden, weight, target, lse, mean_logit, tile_lse, logprob = ctx.saved_tensors
+        hidden, weight, target, lse, mean_logit, tile_lse, logprob, kept = ctx.saved_tensors
         _, run_backward = _OPERATORS[ctx.operators]
         grad_hidden, grad_weight = run_backward(
             hidden,
@@ -256,7 +258,7 @@ class _LinearLogprob(torch.autograd.Function):
             ctx.ignore_index,
             ctx.dropped_mass,
             ctx.weight_grad,
-            ctx.kept_logits,
+            kept,
             ctx.needs_input_grad[1],
             weight.dtype,
         )
