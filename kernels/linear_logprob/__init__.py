@@ -314,8 +314,9 @@ def linear_logprob(
 
     Returns:
         logprob [T], at most 0, and entropy [T] or None; float32 (float64 for float64 inputs),
-        sums in float32 or wider. A row with a non-finite hidden state spoils itself and the
-        gradient of `weight` only.
+        sums in float32 or wider. Against float64 of the same inputs logprob is within 1e-4 where
+        the row's largest |z| is within 200, and within 5e-7 of that |z| beyond, as float32 holds no
+        more. A row with a non-finite hidden state spoils itself and the gradient of `weight` only.
 
     Raises:
         ValueError: shapes, dtypes, devices, scalars, or an implementation that is not available.

@@ -42,7 +42,8 @@ from flowrl.kernels.linear_logprob.gpu_pairs import pair_backward
 
 # Of d. At T = 8192 in bfloat16 these are 8192 entries, so that each product has some 1000 blocks
 # and grad_hidden is read and written 19 times for V = 152064: 4.5 GB at H = 3584, about 3 % of the
-# time of the products (an estimate, not measured).
+# time of the products (an estimate, not measured). A slice has at least 256 entries, which above
+# T = 262144 in bfloat16 take more.
 SLICE_BYTES = 128 * 2**20
 
 
@@ -329,6 +330,6 @@ def _run_slices(
 
 
 def slice_entries(num_rows: int, element_size: int, num_entries: int) -> int:
-    """Return how many vocabulary entries a slice of d has: whole blocks, within SLICE_BYTES."""
+    """Return how many vocabulary entries a slice of d has: whole blocks, SLICE_BYTES or one."""
     limit = max(SLICE_BYTES // (num_rows * element_size) // 256, 1) * 256
     return min(limit, triton.cdiv(num_entries, 256) * 256)

@@ -23,8 +23,9 @@ VOCAB_SLICE = 8 * TILE
 ALIGNMENT = 16  # elements; 64 bytes in float32
 # Finite, because exp(-inf) * -inf would be NaN in the mean logit of a padded tile.
 PADDING_LOGIT = -1e30
-# The forward promises logarithms within 1e-4; masses are raised by a little more than that, so
-# that the dropped mass is an upper bound of the true one and still within the budget.
+# The forward promises logarithms within 1e-4 (of logits within 200); masses are raised by a little
+# more than that, so that the dropped mass is an upper bound of the true one and still within the
+# budget.
 MASS_SLACK = 1 + 2**-13
 # Floor of 1 - p_target in the budget: about what float32 resolves of a log-prob of a few tens.
 MIN_TAIL = 2**-16
