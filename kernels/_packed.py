@@ -4,15 +4,20 @@ import torch
 
 from flowrl.kernels._triton import IS_INTERPRETED
 
+_library = torch.library.Library("flowrl", "FRAGMENT")
+_library.define("check_packed(Tensor mask, Tensor cu_seqlens) -> (Tensor mask, Tensor cu_seqlens)")
+
 
 def check_packed(
     mask: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (mask [N] bool, cu_seqlens [B+1] int64), or raise ValueError saying what is wrong.
 
-    Values are looked at on the CPU only: on CUDA that would be a host synchronisation, and while
-    torch.compile traces there are no values.
+    Values are looked at on the CPU only: on CUDA that would be a host synchronisation.
     """
+    for name, tensor in (("the mask", mask), ("cu_seqlens", cu_seqlens)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if mask.shape != (num_tokens,):
         raise ValueError(f"the mask must have shape [{num_tokens}], got {list(mask.shape)}")
     if mask.is_complex():
@@ -26,12 +31,15 @@ def check_packed(
             raise ValueError(
                 f"{name} is on {tensor.device} but the tokens are on {device}: move it there"
             )
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_values(mask, cu_seqlens, num_tokens)
+    if device.type == "cpu":
+        if torch.compiler.is_compiling():  # there are no values yet: the graph has to look at them
+            return torch.ops.flowrl.check_packed(mask, cu_seqlens)
+        _check_values(mask, cu_seqlens)
     return mask if mask.dtype == torch.bool else mask != 0, cu_seqlens.to(torch.int64)
 
 
-def _check_values(mask: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int) -> None:
+def _check_values(mask: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    num_tokens = mask.shape[0]
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != num_tokens:
         raise ValueError(
@@ -44,6 +52,22 @@ def _check_values(mask: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int)
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         index = int(((mask != 0) & (mask != 1)).nonzero()[0])
         raise ValueError(f"the mask must hold 0 and 1 only, got {mask[index].item()} at {index}")
+
+
+def _checked(mask: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_values(mask, cu_seqlens)
+    # Copies: an operator may not return its inputs.
+    return mask.to(torch.bool, copy=True), cu_seqlens.to(torch.int64, copy=True)
+
+
+_library.impl("check_packed", _checked, "CompositeExplicitAutograd")
+# No gradient flows through it: without this PyTorch makes up a zero one and warns.
+_library.impl("check_packed", torch.library.fallthrough_kernel, "Autograd")
+
+
+@torch.library.register_fake("flowrl::check_packed", lib=_library)
+def _(mask, cu_seqlens):
+    return torch.empty_like(mask, dtype=torch.bool), torch.empty_like(cu_seqlens, dtype=torch.int64)
 
 
 def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

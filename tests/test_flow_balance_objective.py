@@ -455,6 +455,17 @@ def test_vargrad_makes_on_policy_gradients_of_a_shared_log_z_vanish():
         assert abs(grad[ids == group].sum().item()) < 1e-12
 
 
+def test_vargrad_leaves_out_what_an_empty_mask_does_not_define():
+    """The reward of a sequence without tokens may be anything, NaN too."""
+    policy, ref = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.5])
+    rewards = torch.tensor([0.5, math.nan])
+    log_z = vargrad_log_z(
+        policy, ref, torch.tensor([1, 0]), torch.tensor([0, 1, 2]), rewards,
+        torch.tensor([4, 4]), beta=2.0,
+    )  # fmt: skip
+    assert log_z.tolist() == [0.5, 0.5]  # 2 * 0.5 - 0.5
+
+
 def test_vargrad_errors():
     policy, old, ref, mask, cu_seqlens, rewards, _ = _batch()
     good = (old, ref, mask, cu_seqlens, rewards)
@@ -462,5 +473,10 @@ def test_vargrad_errors():
         vargrad_log_z(*good, torch.zeros(6))
     with pytest.raises(ValueError, match=r"group_ids must be integers of shape \[6\]"):
         vargrad_log_z(*good, torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"group_ids must be integers .* got torch.bool"):
+        vargrad_log_z(*good, torch.zeros(6, dtype=torch.bool))
+    for beta in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"beta must be finite and >= 0, got {beta}"):
+            vargrad_log_z(*good, torch.zeros(6, dtype=torch.int64), beta=beta)
     with pytest.raises(ValueError, match="ref_logprobs must have"):
         vargrad_log_z(old, ref[1:], mask, cu_seqlens, rewards, torch.zeros(6, dtype=torch.int64))

@@ -16,6 +16,7 @@ from flowrl.kernels._packed import check_same
 from flowrl.kernels.flow_balance import (
     DROPPED,
     TOKENS,
+    check_beta,
     check_tokens,
     reference,
     residual_from_sums,
@@ -164,10 +165,12 @@ def vargrad_log_z(
     mask takes no part in its group's mean. The result has the rewards' dtype and no gradient.
     Raises ValueError as flow_balance_loss does.
     """
+    check_beta(beta)
     mask, cu_seqlens = check_tokens(
         old_logprobs, old_logprobs, ref_logprobs, loss_mask, cu_seqlens, rewards
     )
-    if group_ids.shape != rewards.shape or group_ids.is_floating_point():
+    is_integer = not (group_ids.dtype.is_floating_point or group_ids.dtype.is_complex)
+    if group_ids.shape != rewards.shape or not is_integer or group_ids.dtype == torch.bool:
         raise ValueError(
             f"group_ids must be integers of shape {list(rewards.shape)}, "
             f"got {group_ids.dtype} {list(group_ids.shape)}"

@@ -44,6 +44,7 @@ __all__ = [
     "TOKENS",
     "WEIGHTINGS",
     "SequenceResiduals",
+    "check_beta",
     "check_tokens",
     "residual_from_sums",
     "sequence_sums",
@@ -222,8 +223,7 @@ def residual_from_sums(
     in `skipped`. Raises ValueError for wrong shapes, dtypes, devices and options.
     """
     check_weighting(weighting, clip_low, clip_high)
-    if not (math.isfinite(beta) and beta >= 0):
-        raise ValueError(f"beta must be finite and >= 0, got {beta}")
+    check_beta(beta)
     if not (math.isfinite(weight_cap) and weight_cap > 0):
         raise ValueError(f"weight_cap must be finite and > 0, got {weight_cap}")
     num_sequences = rewards.shape[0] if rewards.ndim == 1 else -1
@@ -251,6 +251,12 @@ def residual_from_sums(
             float(weight_cap),
         )
     )
+
+
+def check_beta(beta: float) -> None:
+    """Raise ValueError unless beta is finite and >= 0."""
+    if not (math.isfinite(beta) and beta >= 0):
+        raise ValueError(f"beta must be finite and >= 0, got {beta}")
 
 
 def check_weighting(weighting: str, clip_low: float, clip_high: float) -> None:

@@ -1,6 +1,6 @@
 // The flow-balance ops on the CPU; formulas and columns are in __init__.py and reference.py.
 // Sums are double and run in token order within one thread, so the number of threads changes no
-// bit. Shapes, dtypes and cu_seqlens are checked by the public Python functions.
+// bit. Shapes and dtypes are checked by the public Python functions.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -11,6 +11,8 @@
 #include <limits>
 #include <string_view>
 #include <tuple>
+
+#include "../cpu_packed.h"
 
 namespace {
 
@@ -34,7 +36,8 @@ Tensor sequence_sums(const Tensor& policy, const Tensor& old, const Tensor& ref,
                      const Tensor& cu_seqlens, const Tensor& rewards, std::string_view weighting,
                      double clip_low, double clip_high) {
   const auto policy_c = policy.contiguous(), old_c = old.contiguous(), ref_c = ref.contiguous();
-  const auto mask_c = mask.contiguous(), cu_c = cu_seqlens.contiguous();
+  const auto mask_c = mask.contiguous();
+  const auto cu_c = flowrl::checked_cu_seqlens(cu_seqlens, policy.size(0));
   const auto rewards_c = rewards.contiguous();
   const int64_t num_sequences = cu_c.size(0) - 1;
   const DropRule rule(weighting, clip_low, clip_high);
@@ -80,7 +83,8 @@ Tensor sequence_sums_backward(const Tensor& coefficient, const Tensor& policy, c
                               std::string_view weighting, double clip_low, double clip_high) {
   const auto coefficient_c = coefficient.contiguous();
   const auto policy_c = policy.contiguous(), old_c = old.contiguous();
-  const auto mask_c = mask.contiguous(), cu_c = cu_seqlens.contiguous();
+  const auto mask_c = mask.contiguous();
+  const auto cu_c = flowrl::checked_cu_seqlens(cu_seqlens, policy.size(0));
   const auto rewards_c = rewards.contiguous();
   const int64_t num_sequences = cu_c.size(0) - 1;
   const DropRule rule(weighting, clip_low, clip_high);

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flowrl.kernels._packed_gpu import token_range
 from flowrl.kernels.flow_balance import reference
 
 BLOCK = 2048
@@ -41,7 +42,7 @@ def cispo_bounds(reward, low, high, BLOCK: tl.constexpr):
     return tl.where(reward < 0, low, float("-inf")), tl.where(reward > 0, high, float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def sequence_sums_kernel(
     policy,
     old,
@@ -50,14 +51,14 @@ def sequence_sums_kernel(
     cu_seqlens,
     rewards,
     sums,
+    num_tokens,
     low: tl.float64,
     high: tl.float64,
     IS_CISPO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
-    begin = tl.load(cu_seqlens + sequence)
-    end = tl.load(cu_seqlens + sequence + 1)
+    begin, end = token_range(cu_seqlens, sequence, num_tokens)
     policy_sum = tl.zeros([BLOCK], tl.float64)
     ref_sum, log_ratio_sum = policy_sum, policy_sum
     num_kept = tl.zeros([BLOCK], tl.int32)
@@ -89,7 +90,7 @@ def sequence_sums_kernel(
     tl.store(row + DROPPED, tl.sum(num_dropped).to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def sequence_sums_backward_kernel(
     coefficient,
     policy,
@@ -98,14 +99,14 @@ def sequence_sums_backward_kernel(
     cu_seqlens,
     rewards,
     grad,
+    num_tokens,
     low: tl.float64,
     high: tl.float64,
     IS_CISPO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
-    begin = tl.load(cu_seqlens + sequence)
-    end = tl.load(cu_seqlens + sequence + 1)
+    begin, end = token_range(cu_seqlens, sequence, num_tokens)
     value = tl.load(coefficient + sequence).to(grad.dtype.element_ty)
     lowest, highest = cispo_bounds(tl.load(rewards + sequence), low, high, BLOCK)
     for start in range(begin, end, BLOCK):
@@ -205,6 +206,7 @@ def sequence_sums(policy, old, ref, mask, cu_seqlens, rewards, weighting, clip_l
             cu_seqlens.contiguous(),
             rewards.contiguous(),
             sums,
+            policy.shape[0],
             *reference.log_clip_bounds(clip_low, clip_high),
             IS_CISPO=weighting == "cispo",
             BLOCK=BLOCK,
@@ -218,7 +220,7 @@ def sequence_sums_backward(
     coefficient, policy, old, mask, cu_seqlens, rewards, weighting, clip_low, clip_high
 ):
     """Return [N] in policy's dtype: the coefficient [B] of the sequence at its kept tokens."""
-    grad = policy.new_empty(policy.shape)
+    grad = policy.new_zeros(policy.shape)  # also of tokens that cu_seqlens leaves out
     with torch.cuda.device_of(policy):
         sequence_sums_backward_kernel[(rewards.shape[0],)](
             coefficient.contiguous(),
@@ -228,6 +230,7 @@ def sequence_sums_backward(
             cu_seqlens.contiguous(),
             rewards.contiguous(),
             grad,
+            policy.shape[0],
             *reference.log_clip_bounds(clip_low, clip_high),
             IS_CISPO=weighting == "cispo",
             BLOCK=BLOCK,

@@ -109,7 +109,9 @@ def group_means(values: torch.Tensor, weights: torch.Tensor, group_ids: torch.Te
     """
     order = torch.argsort(group_ids, stable=True)
     _, sizes = torch.unique_consecutive(group_ids[order], return_counts=True)
-    columns = torch.stack([weights * values, weights], dim=1)[order]
+    # Selected, not multiplied: 0 * NaN is NaN.
+    weighted = torch.where(weights > 0, weights * values, 0.0)
+    columns = torch.stack([weighted, weights], dim=1)[order]
     sums = torch.segment_reduce(columns, "sum", lengths=sizes, unsafe=True)
     means = sums[:, 0] / torch.where(sums[:, 1] == 0, 1.0, sums[:, 1])
     result = torch.empty_like(values)

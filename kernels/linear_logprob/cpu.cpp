@@ -1,7 +1,6 @@
 // linear_logprob on the CPU; __init__.py says what it computes and reference.py is the oracle.
 // Products run on blocks whose sizes do not depend on T, in bfloat16 with float32 sums where the
-// processor has instructions for it and in float32 otherwise; see cpu_blocks.h. Shapes, dtypes and
-// scalars are checked by the public Python function.
+// processor has instructions for it and in float32 otherwise; see cpu_blocks.h.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
@@ -34,6 +33,34 @@ void refuse_kept_logits(const OptTensor& kept_logits) {
                     ", but the CPU implementation recomputes the logits; pass kept_logits=None");
 }
 
+// The twin of checks.py: the operators are public, and nothing below looks at a size again.
+void check_inputs(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                  double temperature) {
+  TORCH_CHECK_VALUE(hidden.dim() == 2 && hidden.size(1) > 0,
+                    "hidden must be [T, H] with H > 0, got shape ", hidden.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == hidden.size(1), "weight must be [V, ",
+                    hidden.size(1), "] for hidden of shape ", hidden.sizes(), ", got shape ",
+                    weight.sizes());
+  TORCH_CHECK_VALUE(weight.size(0) > 0, "weight has no rows; a rank without a share of the "
+                    "vocabulary must leave this op out");
+  TORCH_CHECK_VALUE(target.sizes() == at::IntArrayRef{hidden.size(0)} &&
+                        target.scalar_type() == at::kLong,
+                    "target must be int64 of shape [", hidden.size(0), "], got ",
+                    target.scalar_type(), " ", target.sizes());
+  TORCH_CHECK_VALUE(hidden.is_floating_point() && weight.scalar_type() == hidden.scalar_type(),
+                    "hidden is ", hidden.scalar_type(), " and weight is ", weight.scalar_type(),
+                    "; cast one to the other's dtype");
+  TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature) &&
+                        std::isfinite(1 / static_cast<float>(temperature)),
+                    "temperature must be positive and finite, and so its inverse in float32, got ",
+                    temperature);
+}
+
+void check_shape(const char* name, const OptTensor& tensor, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(!tensor || tensor->sizes() == shape, name, " must have shape ", shape,
+                    ", got ", tensor->sizes());
+}
+
 bool uses_bfloat16(const Tensor& hidden) {
   return hidden.scalar_type() == at::kBFloat16 && has_bfloat16_products();
 }
@@ -42,8 +69,6 @@ template <typename T>
 ForwardResult forward_of(const Tensor& hidden, const Tensor& weight, const Tensor& target,
                          int64_t vocab_start, float temperature, int64_t ignore_index,
                          bool entropy) {
-  TORCH_CHECK_VALUE(weight.size(0) > 0, "weight has no rows; a rank without a share of the "
-                    "vocabulary must leave this op out");
   const int64_t num_rows = hidden.size(0), vocab_size = weight.size(0);
   const auto target_c = target.contiguous();
   const auto* targets = target_c.const_data_ptr<int64_t>();
@@ -115,6 +140,7 @@ ForwardResult forward(const Tensor& hidden, const Tensor& weight, const Tensor& 
     return reference<ForwardSignature>("flowrl::linear_logprob_forward_reference")
         .call(hidden, weight, target, vocab_start, temperature, ignore_index, entropy, kept_logits);
   }
+  check_inputs(hidden, weight, target, temperature);
   refuse_kept_logits(kept_logits);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto run = uses_bfloat16(hidden) ? forward_of<BFloat16> : forward_of<float>;
@@ -248,6 +274,16 @@ std::tuple<Tensor, Tensor> backward(
               grad_logprob, grad_entropy, drop_mass, logprob, ignore_index, dropped_mass,
               weight_grad, kept_logits, needs_grad_weight, grad_weight_dtype);
   }
+  check_inputs(hidden, weight, target, temperature);
+  const int64_t num_rows = hidden.size(0), num_entries = weight.size(0);
+  check_shape("lse", lse, {num_rows});
+  check_shape("mean_logit", mean_logit, {num_rows});
+  check_shape("tile_lse", tile_lse, {num_rows, (num_entries + kTile - 1) / kTile});
+  check_shape("grad_logprob", grad_logprob, {num_rows});
+  check_shape("grad_entropy", grad_entropy, {num_rows});
+  check_shape("logprob", logprob, {num_rows});
+  check_shape("dropped_mass", dropped_mass, {num_rows});
+  check_shape("weight_grad", weight_grad, weight.sizes());
   refuse_kept_logits(kept_logits);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto floats = [](const Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); };

@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flowrl.kernels._triton import IS_INTERPRETED
 from flowrl.kernels.linear_logprob import reference
+from flowrl.kernels.linear_logprob.checks import check_inputs
 from flowrl.kernels.linear_logprob.gpu_blocks import BLOCKS, Table, device_kind, launch_options
 
 TILE = tl.constexpr(128)
@@ -54,6 +55,7 @@ def forward(
         return reference.forward(
             hidden, weight_shard, target, vocab_start, temperature, ignore_index, entropy
         )
+    check_inputs(hidden, weight_shard, target, temperature)
     num_rows, num_entries = hidden.shape[0], weight_shard.shape[0]
     num_tiles = triton.cdiv(num_entries, TILE.value)
     lse, target_logit, mean_logit = (
@@ -152,6 +154,8 @@ def interpretable(tensor: Tensor) -> Tensor:
     """
     if IS_INTERPRETED and tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
+    if tensor.shape[0] == 1:
+        tensor = tensor[0][None]  # its row stride may be anything, and TMA takes not every one
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
@@ -164,7 +168,8 @@ def can_use_tma(*matrices: Tensor) -> bool:
     if device_capability(matrices[0]) < (9, 0) or matrices[0].dtype == torch.float32:
         return False
     for matrix in matrices:
-        row_bytes = (matrix.stride(0) if matrix.stride(1) == 1 else matrix.shape[1]) * 2
+        is_strided = matrix.stride(1) == 1 and matrix.shape[0] > 1  # see `interpretable`
+        row_bytes = (matrix.stride(0) if is_strided else matrix.shape[1]) * 2
         is_aligned = matrix.stride(1) != 1 or matrix.data_ptr() % TENSOR_MAP_ALIGNMENT == 0
         if not is_aligned or row_bytes % TENSOR_MAP_ALIGNMENT or matrix.numel() == 0:
             return False

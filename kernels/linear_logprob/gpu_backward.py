@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flowrl.kernels._triton import IS_INTERPRETED
 from flowrl.kernels.linear_logprob import reference
+from flowrl.kernels.linear_logprob.checks import check_backward, check_inputs
 from flowrl.kernels.linear_logprob.gpu import (
     TILE,
     block_source,
@@ -41,7 +42,8 @@ from flowrl.kernels.linear_logprob.gpu_pairs import pair_backward
 
 # Of d. At T = 8192 in bfloat16 these are 8192 entries, so that each product has some 1000 blocks
 # and grad_hidden is read and written 19 times for V = 152064: 4.5 GB at H = 3584, about 3 % of the
-# time of the products (an estimate, not measured).
+# time of the products (an estimate, not measured). A slice has at least 256 entries, which above
+# T = 262144 in bfloat16 take more.
 SLICE_BYTES = 128 * 2**20
 
 
@@ -74,7 +76,8 @@ def backward(
     float64 is the reference's.
 
     Raises:
-        ValueError: `kept_logits` without `logprob`, from which 1 - p of the target is taken.
+        ValueError: shapes, dtypes and devices that do not fit each other; `kept_logits` without
+            `logprob`, from which 1 - p of the target is taken.
     """
     if hidden.dtype == torch.float64:
         return reference.backward(
@@ -82,6 +85,11 @@ def backward(
             *(grad_logprob, grad_entropy, drop_mass, logprob, ignore_index, dropped_mass),
             *(weight_grad, kept_logits, needs_grad_weight, grad_weight_dtype),
         )
+    check_inputs(hidden, weight_shard, target, temperature)
+    check_backward(
+        *(hidden, weight_shard, lse, mean_logit, tile_lse, grad_logprob, grad_entropy),
+        *(logprob, dropped_mass, weight_grad),
+    )
     if kept_logits is not None and logprob is None:
         raise ValueError("kept_logits is given without logprob; pass the log-probs of the forward")
     has_result = needs_grad_weight and weight_grad is None
@@ -322,6 +330,6 @@ def _run_slices(
 
 
 def slice_entries(num_rows: int, element_size: int, num_entries: int) -> int:
-    """Return how many vocabulary entries a slice of d has: whole blocks, within SLICE_BYTES."""
+    """Return how many vocabulary entries a slice of d has: whole blocks, SLICE_BYTES or one."""
     limit = max(SLICE_BYTES // (num_rows * element_size) // 256, 1) * 256
     return min(limit, triton.cdiv(num_entries, 256) * 256)

@@ -53,7 +53,7 @@ class PairLists(NamedTuple):
     chunk_tile: Tensor  # [C] int32
     row_offset: Tensor  # [tiles, row blocks + 1] int32, pairs of the tile in earlier row blocks
     wave_tile: Tensor  # [waves + 1] int32, first tile of each wave
-    is_dense: Tensor  # [1] int32, 1: more than C chunks; then there are no lists, all waves empty
+    is_dense: Tensor  # [1] int32, 1: too many pairs; then there are no lists, all waves empty
     dropped_mass: Tensor  # [T] float32
 
 
@@ -210,6 +210,7 @@ def build_lists(
     drop_mass: float,
     logprob: Tensor | None,
     ignore_index: int,
+    max_fill: float,
     max_chunks: int,
     wave_chunks: int,
     select_block: tuple[int, int] = (SELECT_ROWS, SELECT_TILES),
@@ -217,8 +218,9 @@ def build_lists(
     """Return the pairs that `drop_mass` keeps, cut into waves of whole tiles.
 
     Wave w has the tiles whose first chunk is one of w * wave_chunks, ..., (w + 1) * wave_chunks - 1
-    and so at most wave_chunks + ceil(T / PAIR_CHUNK) - 1 chunks. tile_lse [T, tiles] may have any
-    strides. select_block, rows x tiles of the selection, holds powers of two.
+    and so at most wave_chunks + ceil(T / PAIR_CHUNK) - 1 chunks. More pairs than `max_fill` of
+    those of rows with a gradient, or more than max_chunks hold, are too many. tile_lse [T, tiles]
+    may have any strides. select_block, rows x tiles of the selection, holds powers of two.
     """
     num_rows, num_tiles = tile_lse.shape
     assert num_rows > 0 and num_tiles == triton.cdiv(vocab_size, TILE)
@@ -261,7 +263,11 @@ def build_lists(
     num_chunks = (row_offset[:, -1] + PAIR_CHUNK - 1).div(PAIR_CHUNK, rounding_mode="floor")
     chunk_start = lse.new_zeros(num_tiles + 1, dtype=torch.int64)
     torch.cumsum(num_chunks, 0, dtype=torch.int64, out=chunk_start[1:])
-    is_dense = (chunk_start[-1:] > max_chunks).to(torch.int32)
+    # Of the rows with a gradient, since they alone cost the exact backward anything. A chunk a tile
+    # is for what the padding takes.
+    num_live = (target_tile != _NO_GRADIENT.value).sum()
+    limit = num_live.double() * (max_fill * num_tiles / PAIR_CHUNK) + num_tiles
+    is_dense = (chunk_start[-1:] > limit.clamp(max=max_chunks)).to(torch.int32)
     chunks = torch.arange(max_chunks, device=lse.device)
     chunk_tile = torch.searchsorted(chunk_start[1:], chunks, right=True, out_int32=True)
     # One wave more than max_chunks fill, for empty tiles behind the last chunk.

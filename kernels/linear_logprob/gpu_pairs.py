@@ -6,7 +6,7 @@ and its kept rows (gpu_lists.py) are its tokens. Waves of whole tiles go through
     pair_dw  grad_weight of a tile = P^T hidden[rows] / temperature, in registers, stored once
     pair_dh  grad_hidden[rows] += P weight_tile / temperature, tile after tile
 All sums have a fixed order, none is atomic. How many waves hold pairs is known on the device only:
-the host launches as many as MAX_FILL allows, and empty ones exit.
+the host launches as many as MAX_FILL allows if all rows have a gradient, and empty ones exit.
 
 Estimated cost for bfloat16 on an H200 (790 TFLOP/s, 4.3 TB/s; not measured): a pair takes 3
 products of 2 TILE H FLOPs, 1.6 ps H at 60 % of the peak, and reads and writes its float32 row of
@@ -41,8 +41,9 @@ from flowrl.kernels.linear_logprob.gpu_lists import (
     build_lists,
 )
 
-# Share of (row, tile) pairs above which the exact backward takes over. By the estimate above both
-# cost the same at 0.35; below that, because gathering may come out slower than estimated.
+# Share of the (row, tile) pairs of rows with a gradient above which the exact backward takes over.
+# By the estimate above both cost the same at 0.35; below that, because gathering may come out
+# slower than estimated.
 MAX_FILL = 0.25
 # Bytes of P that exist at a time: 4096 chunks in bfloat16. Larger waves are fewer launches.
 PAIR_BUFFER_BYTES = 2**27
@@ -250,10 +251,11 @@ def pair_backward(
     """Return (grad_hidden [T, H] float32, grad_weight [V, H] or [0, H], is_dense [1] int32).
 
     Arguments and results are those of `linear_logprob_backward` with drop_mass > 0 and no gradient
-    of the entropy. is_dense = 1 says that more than `max_fill` of the pairs would be kept and
-    nothing was done: grad_hidden is 0, grad_weight unwritten, weight_grad untouched, and the exact
-    backward has to do the work. `dropped_mass` is right either way, 0 in the exact case. At most
-    `buffer_bytes` of P exist at a time, plus what the pairs of one tile may need.
+    of the entropy; T > 0. is_dense = 1 says that of the pairs of rows with a gradient more than
+    `max_fill` would be kept and nothing was done: grad_hidden is 0, grad_weight unwritten,
+    weight_grad untouched, and the exact backward has to do the work. `dropped_mass` is right either
+    way, 0 in the exact case. At most `buffer_bytes` of P exist at a time, plus what the pairs of
+    one tile may need.
     """
     num_rows, hidden_size = hidden.shape
     num_entries = weight_shard.shape[0]
@@ -266,16 +268,13 @@ def pair_backward(
         # Rounded after the kernels in the interpreter, which truncates.
         dtype=torch.float32 if IS_INTERPRETED else grad_weight_dtype,
     )
-    if num_rows == 0:
-        is_dense = target.new_zeros(1, dtype=torch.int32)
-        return grad_hidden, grad_weight.zero_().to(grad_weight_dtype), is_dense
-
     is_tma = can_use_tma(weight_shard)
     kind = device_kind(device_capability(hidden), hidden.dtype, is_tma)
     hidden, weight_shard = interpretable(hidden), interpretable(weight_shard)
     unit_grad, _, scale = unit_gradients(grad_logprob, None, temperature, hidden.dtype)
     num_tiles = triton.cdiv(num_entries, TILE.value)
     tile_chunks = triton.cdiv(num_rows, PAIR_CHUNK)
+    # What the tables hold, enough where every row has a gradient.
     max_chunks = int(max_fill * num_rows * num_tiles) // PAIR_CHUNK + num_tiles
     max_chunks = min(max_chunks, num_tiles * tile_chunks)
     wave_chunks = buffer_bytes // (PAIR_CHUNK * TILE.value * hidden.element_size())
@@ -285,7 +284,7 @@ def pair_backward(
     with on_device(hidden):
         lists = build_lists(
             *(target, vocab_start, num_entries, lse.contiguous(), tile_lse, grad_logprob),
-            *(drop_mass, logprob, ignore_index, max_chunks, wave_chunks),
+            *(drop_mass, logprob, ignore_index, max_fill, max_chunks, wave_chunks),
         )
         _run_waves(
             *(hidden, weight_shard, target.contiguous(), vocab_start, 1 / temperature),

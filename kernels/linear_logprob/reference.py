@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TILE = 128
+from flowrl.kernels.linear_logprob.checks import TILE, check_backward, check_inputs
+
 # Measured on two CPU cores at H = 576, V = 49152: 64 to 128 rows x 1024 to 4096 columns run alike,
 # 256 rows are slower. The small end keeps the block (0.5 MB) in the second-level cache.
 ROW_BLOCK = 128
@@ -22,8 +23,9 @@ VOCAB_SLICE = 8 * TILE
 ALIGNMENT = 16  # elements; 64 bytes in float32
 # Finite, because exp(-inf) * -inf would be NaN in the mean logit of a padded tile.
 PADDING_LOGIT = -1e30
-# The forward promises logarithms within 1e-4; masses are raised by a little more than that, so
-# that the dropped mass is an upper bound of the true one and still within the budget.
+# The forward promises logarithms within 1e-4 (of logits within 200); masses are raised by a little
+# more than that, so that the dropped mass is an upper bound of the true one and still within the
+# budget.
 MASS_SLACK = 1 + 2**-13
 # Floor of 1 - p_target in the budget: about what float32 resolves of a log-prob of a few tens.
 MIN_TAIL = 2**-16
@@ -44,6 +46,7 @@ def forward(
     Rows are processed in blocks of exactly ROW_BLOCK rows, the last one padded: matrix products
     and reductions then have shapes that do not depend on T, so neither do the bits of a row.
     """
+    check_inputs(hidden, weight_shard, target, temperature)
     _refuse_kept_logits(kept_logits)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         rows = (target != ignore_index).nonzero().squeeze(1)
@@ -120,6 +123,11 @@ def backward(
     being that of the entropy: log p_v + entropy = z_v - mean_logit. The tiles that `drop_mass`
     leaves out are zeroed after a dense computation: an oracle of the rule, not a faster path.
     """
+    check_inputs(hidden, weight_shard, target, temperature)
+    check_backward(
+        *(hidden, weight_shard, lse, mean_logit, tile_lse, grad_logprob, grad_entropy),
+        *(logprob, dropped_mass, weight_grad),
+    )
     _refuse_kept_logits(kept_logits)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         has_gradient = grad_logprob != 0

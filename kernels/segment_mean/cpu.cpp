@@ -1,7 +1,7 @@
 // segment_sum on the CPU, forward and backward; see __init__.py for what it computes.
 // Work is split by (sequence, block of columns) and each block runs over its rows in order, so one
 // long sequence still uses every thread and the number of threads changes no bit.
-// Shapes, dtypes and cu_seqlens are checked by the public Python functions.
+// Shapes and dtypes are checked by the public Python functions.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -11,6 +11,8 @@
 #include <tuple>
 #include <type_traits>
 
+#include "../cpu_packed.h"
+
 namespace {
 
 using at::Tensor;
@@ -19,8 +21,8 @@ constexpr int64_t kBlock = 256;  // columns; its double accumulators take 2 KiB 
 
 std::tuple<Tensor, Tensor> segment_sum(const Tensor& hidden, const Tensor& cu_seqlens,
                                        const Tensor& mask) {
-  const auto hidden_c = hidden.contiguous(), cu_c = cu_seqlens.contiguous();
-  const auto mask_c = mask.contiguous();
+  const auto hidden_c = hidden.contiguous(), mask_c = mask.contiguous();
+  const auto cu_c = flowrl::checked_cu_seqlens(cu_seqlens, hidden.size(0));
   const int64_t num_sequences = cu_c.size(0) - 1, width = hidden.size(1);
   const int64_t num_blocks = (width + kBlock - 1) / kBlock;
   const auto sum_type = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -55,8 +57,8 @@ std::tuple<Tensor, Tensor> segment_sum(const Tensor& hidden, const Tensor& cu_se
 
 Tensor segment_sum_backward(const Tensor& grad_sum, const Tensor& cu_seqlens, const Tensor& mask,
                             at::ScalarType dtype) {
-  const auto grad_c = grad_sum.contiguous(), cu_c = cu_seqlens.contiguous();
-  const auto mask_c = mask.contiguous();
+  const auto grad_c = grad_sum.contiguous(), mask_c = mask.contiguous();
+  const auto cu_c = flowrl::checked_cu_seqlens(cu_seqlens, mask.size(0));
   const int64_t num_sequences = cu_c.size(0) - 1, width = grad_sum.size(1);
   Tensor grad = at::empty({mask.size(0), width}, grad_sum.options().dtype(dtype));
   // Narrowed once per sequence, then copied to its rows.

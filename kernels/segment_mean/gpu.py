@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flowrl.kernels._packed_gpu import token_range
 from flowrl.kernels.segment_mean import reference
 
 ROWS = 32
@@ -20,15 +21,22 @@ COLUMNS = 128  # 256 contiguous bytes of bfloat16
 NUM_WARPS = 4  # 32 accumulators a thread
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def segment_sum_kernel(
-    hidden, cu_seqlens, mask, sums, counts, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    hidden,
+    cu_seqlens,
+    mask,
+    sums,
+    counts,
+    num_tokens,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     dtype: tl.constexpr = sums.dtype.element_ty
     sequence = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    begin = tl.load(cu_seqlens + sequence)
-    end = tl.load(cu_seqlens + sequence + 1)
+    begin, end = token_range(cu_seqlens, sequence, num_tokens)
     total = tl.zeros([ROWS, COLUMNS], dtype)
     num_kept = tl.zeros([ROWS], tl.int64)
     for start in range(begin, end, ROWS):
@@ -48,24 +56,26 @@ def segment_sum_kernel(
         tl.store(counts + sequence, tl.sum(num_kept))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def segment_sum_backward_kernel(
-    grad_sum, cu_seqlens, mask, grad, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    grad_sum, cu_seqlens, mask, grad, num_tokens, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     sequence = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    begin = tl.load(cu_seqlens + sequence)
-    end = tl.load(cu_seqlens + sequence + 1)
+    begin, end = token_range(cu_seqlens, sequence, num_tokens)
     value = tl.load(grad_sum + sequence * width + column, mask=column < width, other=0.0)
     value = value.to(grad.dtype.element_ty)
-    for start in range(begin, end, ROWS):
+    # The first and the last program also write the zeros of rows before and behind all sequences.
+    first = tl.where(sequence == 0, 0, begin)
+    stop = tl.where(sequence == tl.num_programs(0) - 1, num_tokens, end)
+    for start in range(first, stop, ROWS):
         row = start + tl.arange(0, ROWS)
-        in_sequence = row < end
+        in_sequence = (row >= begin) & (row < end)
         kept = in_sequence & (tl.load(mask + row, mask=in_sequence, other=0) != 0)
         tl.store(
             grad + row[:, None].to(tl.int64) * width + column[None, :],
             tl.where(kept[:, None], value[None, :], 0.0),
-            mask=in_sequence[:, None] & (column < width)[None, :],
+            mask=(row < stop)[:, None] & (column < width)[None, :],
         )
 
 
@@ -82,6 +92,7 @@ def segment_sum(hidden, cu_seqlens, mask):
             mask.contiguous(),
             sums,
             counts,
+            hidden.shape[0],
             width,
             ROWS=ROWS,
             COLUMNS=COLUMNS,
@@ -94,13 +105,15 @@ def segment_sum(hidden, cu_seqlens, mask):
 def segment_sum_backward(grad_sum, cu_seqlens, mask, dtype):
     """Return grad_hidden [N, H] in `dtype`: each sequence's gradient at its selected rows."""
     num_sequences, width = grad_sum.shape
-    grad = grad_sum.new_empty(mask.shape[0], width, dtype=dtype)
+    allocate = grad_sum.new_empty if num_sequences > 0 else grad_sum.new_zeros
+    grad = allocate(mask.shape[0], width, dtype=dtype)
     with torch.cuda.device_of(grad_sum):
         segment_sum_backward_kernel[(num_sequences, triton.cdiv(width, COLUMNS))](
             grad_sum.contiguous(),
             cu_seqlens.contiguous(),
             mask.contiguous(),
             grad,
+            mask.shape[0],
             width,
             ROWS=ROWS,
             COLUMNS=COLUMNS,

@@ -3,7 +3,7 @@
 // the mask or the end of the sequence leaves a token out; the arithmetic then has no branches and
 // runs on vectors. Sums have kLanes partial sums and one thread a sequence, so neither the number
 // of threads nor neighbouring sequences change a bit.
-// Shapes, dtypes and cu_seqlens are checked by the public Python function.
+// Shapes and dtypes are checked by the public Python function.
 //
 // Without this, GCC keeps a branch for every choice of the loop in add_block, and no vectors: it
 // could otherwise raise a floating-point exception flag that the source does not. It stands before
@@ -22,6 +22,8 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+
+#include "../cpu_packed.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #define FLOWRL_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -155,7 +157,7 @@ std::tuple<Tensor, Tensor> token_clip(const Tensor& policy, const Tensor& old,
                                       double clip_high, double clip_ratio_c, double kl_coef) {
   const auto policy_c = policy.contiguous(), old_c = old.contiguous();
   const auto advantages_c = advantages.contiguous(), mask_c = mask.contiguous();
-  const auto cu_c = cu_seqlens.contiguous();
+  const auto cu_c = flowrl::checked_cu_seqlens(cu_seqlens, policy.size(0));
   const auto weights_c = weights ? weights->contiguous() : Tensor();
   const auto ref_c = ref ? ref->contiguous() : Tensor();
   const int64_t num_sequences = cu_c.size(0) - 1;
@@ -197,7 +199,7 @@ std::tuple<Tensor, Tensor> token_clip(const Tensor& policy, const Tensor& old,
 Tensor token_clip_backward(const Tensor& coefficient, const Tensor& token_grad,
                            const Tensor& cu_seqlens) {
   const auto coefficient_c = coefficient.contiguous(), unit_c = token_grad.contiguous();
-  const auto cu_c = cu_seqlens.contiguous();
+  const auto cu_c = flowrl::checked_cu_seqlens(cu_seqlens, token_grad.size(0));
   Tensor grad = at::empty(token_grad.sizes(), token_grad.options());
   AT_DISPATCH_FLOATING_TYPES(token_grad.scalar_type(), "token_clip_backward", [&] {
     const auto* factor = coefficient_c.const_data_ptr<double>();

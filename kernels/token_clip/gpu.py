@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flowrl.kernels._packed_gpu import token_range
 from flowrl.kernels.token_clip import reference
 
 BLOCK = 1024
@@ -36,7 +37,7 @@ def bound(x, low, high):
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def token_clip_kernel(
     policy,
     old,
@@ -47,6 +48,7 @@ def token_clip_kernel(
     ref,  # or None
     sums,
     token_grad,
+    num_tokens,
     clip_low: tl.float64,
     clip_high: tl.float64,
     clip_ratio_c: tl.float64,
@@ -54,8 +56,7 @@ def token_clip_kernel(
     BLOCK: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
-    begin = tl.load(cu_seqlens + sequence)
-    end = tl.load(cu_seqlens + sequence + 1)
+    begin, end = token_range(cu_seqlens, sequence, num_tokens)
     zero = tl.zeros([BLOCK], tl.float64)
     # As blocks: in the interpreter these are Python floats, which tl.where rounds to float32 and
     # an inner function does not take.
@@ -120,11 +121,12 @@ def token_clip_kernel(
     tl.store(row + RATIO, tl.sum(ratio_sum))
 
 
-@triton.jit
-def token_clip_backward_kernel(coefficient, token_grad, cu_seqlens, grad, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_tokens"])
+def token_clip_backward_kernel(
+    coefficient, token_grad, cu_seqlens, grad, num_tokens, BLOCK: tl.constexpr
+):
     sequence = tl.program_id(0).to(tl.int64)
-    begin = tl.load(cu_seqlens + sequence)
-    end = tl.load(cu_seqlens + sequence + 1)
+    begin, end = token_range(cu_seqlens, sequence, num_tokens)
     factor = tl.load(coefficient + sequence)
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
@@ -148,7 +150,7 @@ def token_clip(
     """Return (sums [B, 7] float64, gradient [N] of each token's loss in policy's dtype)."""
     num_sequences = cu_seqlens.shape[0] - 1
     sums = policy.new_empty(num_sequences, reference.NUM_COLUMNS, dtype=torch.float64)
-    token_grad = policy.new_empty(policy.shape)
+    token_grad = policy.new_zeros(policy.shape)  # also of tokens that cu_seqlens leaves out
     with torch.cuda.device_of(policy):
         token_clip_kernel[(num_sequences,)](
             policy.contiguous(),
@@ -160,6 +162,7 @@ def token_clip(
             None if ref is None else ref.contiguous(),
             sums,
             token_grad,
+            policy.shape[0],
             clip_low,
             clip_high,
             clip_ratio_c,
@@ -173,13 +176,14 @@ def token_clip(
 
 def token_clip_backward(coefficient, token_grad, cu_seqlens):
     """Return [N]: the coefficient [B] of each token's sequence times the token's gradient."""
-    grad = token_grad.new_empty(token_grad.shape)
+    grad = token_grad.new_zeros(token_grad.shape)
     with torch.cuda.device_of(token_grad):
         token_clip_backward_kernel[(coefficient.shape[0],)](
             coefficient.contiguous(),
             token_grad.contiguous(),
             cu_seqlens.contiguous(),
             grad,
+            token_grad.shape[0],
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
             enable_fp_fusion=True,

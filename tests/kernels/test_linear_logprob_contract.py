@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowrl.kernels._triton import IS_INTERPRETED
 from flowrl.kernels.linear_logprob import linear_logprob, live_implementation, reference
 
 LIVE = sorted({"reference", live_implementation("cpu")})
@@ -226,6 +227,7 @@ def argument_errors():
     return {
         "hidden-list": ({"hidden": [1.0]}, "hidden must be a tensor, got list"),
         "hidden-3d": ({"hidden": hidden[None]}, r"got shape \(1, 4, 8\)"),
+        "hidden-width-0": ({"hidden": hidden[:, :0], "weight": weight[:, :0]}, "H > 0"),
         "hidden-int": ({"hidden": hidden.long(), "weight": weight.long()}, "got torch.int64"),
         "weight-width": ({"weight": weight[:, :7]}, r"\[V, 8\].*got shape \(16, 7\)"),
         "weight-empty": ({"weight": weight[:0]}, "V > 0"),
@@ -239,11 +241,24 @@ def argument_errors():
         "temperature-0": ({"temperature": 0.0}, "temperature must be positive .* got 0.0"),
         "temperature-inf": ({"temperature": math.inf}, "got inf"),
         "temperature-nan": ({"temperature": math.nan}, "got nan"),
+        "temperature-tiny": ({"temperature": 1e-39}, "inverse in float32, got 1e-39"),
+        "temperature-none": ({"temperature": None}, "got None"),
+        "temperature-text": ({"temperature": "1"}, "got '1'"),
+        "temperature-bool": ({"temperature": True}, "got True"),
+        "temperature-tensor": ({"temperature": torch.ones(4)}, r"got tensor\("),
+        "entropy-text": ({"entropy": "no"}, "entropy must be True or False, got 'no'"),
+        "entropy-number": ({"entropy": 2}, "entropy must be True or False, got 2"),
+        "drop-mass-none": ({"drop_mass": None}, "got None"),
         "drop-mass-negative": ({"drop_mass": -0.1}, "got -0.1"),
         "drop-mass-1": ({"drop_mass": 1.0}, r"drop_mass must be in \[0, 1\)"),
         "drop-mass-nan": ({"drop_mass": math.nan}, "got nan"),
         "memory-budget": ({"memory_budget": -1}, "got -1"),
+        "memory-budget-nan": ({"memory_budget": math.nan}, "got nan"),
         "ignore-index": ({"ignore_index": 0.5}, "got 0.5"),
+        "ignore-index-large": ({"ignore_index": 2**63}, "64 bits, got 9223372036854775808"),
+        "dropped-mass-list": ({"dropped_mass": [0.0] * 4}, "dropped_mass must be a tensor or None"),
+        "dropped-mass-expanded": ({"dropped_mass": torch.zeros(1).expand(4)}, "share memory"),
+        "weight-grad-expanded": ({"weight_grad": torch.zeros(8).expand(16, 8)}, "share memory"),
         "dropped-mass-shape": ({"dropped_mass": torch.zeros(3)}, r"shape \(4,\), got \(3,\)"),
         "dropped-mass-dtype": ({"dropped_mass": target}, "must be float32, got torch.int64"),
         "weight-grad-shape": ({"weight_grad": weight.t()}, r"shape \(16, 8\), got \(8, 16\)"),
@@ -267,6 +282,52 @@ def test_wrong_arguments(name):
     replacement, message = argument_errors()[name]
     with pytest.raises(ValueError, match=message):
         linear_logprob(**(arguments | replacement))
+
+
+def operator_errors():
+    rows, fewer = torch.ones(4), torch.ones(3)
+    return {
+        "hidden-width-0": ({"hidden": torch.ones(4, 0)}, "hidden must be .* H > 0"),
+        "weight-width": ({"weight_shard": torch.ones(200, 4)}, r"weight must be \[V, 8\]"),
+        "weight-dtype": ({"weight_shard": torch.ones(200, 8).half()}, "cast one to the other's"),
+        "target-length": ({"target": torch.zeros(3, dtype=torch.long)}, "target must be"),
+        "target-int32": ({"target": torch.zeros(4, dtype=torch.int32)}, "target must be int64"),
+        "temperature-0": ({"temperature": 0.0}, "temperature must be positive"),
+        "temperature-tiny": ({"temperature": 1e-39}, "temperature must be positive"),
+        "lse": ({"lse": fewer}, "lse must have shape"),
+        "mean_logit": ({"mean_logit": fewer}, "mean_logit must have shape"),
+        "tile_lse": ({"tile_lse": rows[:, None]}, "tile_lse must have shape"),
+        "grad_logprob": ({"grad_logprob": fewer}, "grad_logprob must have shape"),
+        "grad_entropy": ({"grad_entropy": fewer}, "grad_entropy must have shape"),
+        "logprob": ({"logprob": fewer}, "logprob must have shape"),
+        "dropped_mass": ({"dropped_mass": fewer}, "dropped_mass must have shape"),
+        "weight_grad": ({"weight_grad": torch.zeros(100, 8)}, "weight_grad must have shape"),
+    }
+
+
+@pytest.mark.parametrize("suffix", ["", "_reference", *(["_triton"] if IS_INTERPRETED else [])])
+@pytest.mark.parametrize("name", operator_errors())
+def test_operators_refuse_what_does_not_fit(name, suffix):
+    """They are public: a size that is not the others' must not be read beyond."""
+    inputs = {
+        "hidden": torch.ones(4, 8),
+        "weight_shard": torch.ones(200, 8),
+        "target": torch.zeros(4, dtype=torch.long),
+        "vocab_start": 0,
+        "temperature": 1.0,
+    }
+    rows = torch.ones(4)
+    sums = {"lse": rows, "mean_logit": rows, "tile_lse": torch.ones(4, 2), "grad_logprob": rows}
+    replacement, message = operator_errors()[name]
+    operators = ["linear_logprob_backward"]
+    if replacement.keys() <= inputs.keys():
+        operators.append("linear_logprob_forward")
+    for operator in operators:
+        arguments = dict(inputs)
+        if operator == "linear_logprob_backward":
+            arguments |= sums | {"grad_entropy": None, "drop_mass": 0.1}
+        with pytest.raises(ValueError, match=message):
+            getattr(torch.ops.flowrl, operator + suffix)(**(arguments | replacement))
 
 
 def test_reference_refuses_kept_logits():

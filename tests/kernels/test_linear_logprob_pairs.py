@@ -43,6 +43,7 @@ def build(
     drop: float = 0.05,
     grad: Tensor | None = None,
     max_chunks: int | None = None,
+    max_fill: float = 1.0,
     wave_chunks: int = 10**6,
     block: tuple[int, int] = (512, 16),
 ) -> gpu_lists.PairLists:
@@ -53,7 +54,7 @@ def build(
     max_chunks = max_chunks or num_tiles * (num_rows // gpu_lists.PAIR_CHUNK + 1)
     lists = gpu_lists.build_lists(
         *(target, 0, num_tiles * TILE - 3, lse, tile_lse, grad, drop, logprob, IGNORE),
-        *(max_chunks, min(wave_chunks, max_chunks)),
+        *(max_fill, max_chunks, min(wave_chunks, max_chunks)),
         block,
     )
     return gpu_lists.PairLists(*(part.cpu() for part in lists))
@@ -159,6 +160,21 @@ def test_too_many_pairs_leave_every_wave_empty():
     lists = build(tile_lse, lse, target, logprob, drop=0.01, max_chunks=needed - 1, wave_chunks=4)
     assert lists.is_dense and not lists.wave_tile.any() and not lists.dropped_mass.any()
     assert (lists.rows == -1).all()
+
+
+@pytest.mark.parametrize("num_live", [800, 200])
+def test_the_fill_is_that_of_the_rows_with_a_gradient(num_live):
+    """Which alone the exact backward computes: its cost falls with them, and so does the limit."""
+    tile_lse, lse, target, logprob = make_tiles(800, 3)
+    tile_lse[:], lse[:], logprob[:] = 0.0, torch.tensor(3.0).log(), -5.0  # nothing can go
+    grad = torch.zeros(800)
+    grad[:num_live] = 1
+    chunks = 3 * -(-num_live // gpu_lists.PAIR_CHUNK)
+    for max_fill, is_dense in ((1.0, False), (0.25, True)):
+        lists = build(tile_lse, lse, target, logprob, grad=grad, max_fill=max_fill)
+        assert lists.chunk_start[-1] == chunks and bool(lists.is_dense) == is_dense
+    # Of all rows a quarter would be within the limit.
+    assert num_live == 800 or chunks <= 0.25 * 800 * 3 / gpu_lists.PAIR_CHUNK + 3
 
 
 class Case:
@@ -351,13 +367,6 @@ def test_small_gradients_survive_float16():
     # A power of two changes no bit.
     assert torch.equal(small[0] * 2**25, large[0])
     assert torch.equal(small[1] * 2**25, large[1])
-
-
-def test_no_rows(nan_filled_empty):
-    grad_hidden, grad_weight, is_dense, _ = CASES["float32"].run(slice(0, 0))
-    assert grad_hidden.shape == (0, 32)
-    assert torch.equal(grad_weight, torch.zeros(600, 32))
-    assert is_dense.tolist() == [0]
 
 
 @cuda

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from flowrl.kernels._triton import HAS_KERNELS
 
 if not HAS_KERNELS:
     pytest.skip("needs triton and CUDA or its interpreter", allow_module_level=True)
 
+import flowrl.kernels.linear_logprob as package
 from flowrl.kernels.linear_logprob import gpu, gpu_backward, linear_logprob, reference
 from flowrl.kernels.linear_logprob.gpu_blocks import NAMES, TABLE, device_kind, launch_options
 
@@ -195,6 +197,40 @@ def test_memory_budget_buys_the_kept_softmax(monkeypatch):
             implementation="triton",
         )
     assert sizes[-1] is False
+
+
+def test_kept_softmax_does_not_outlive_the_backward(monkeypatch):
+    hidden, weight, target = make_case(20, 16, 300)
+    allocate, kept = package._kept_logits, []
+
+    def record(*args):
+        kept.append(StorageWeakRef((buffer := allocate(*args)).untyped_storage()))
+        return buffer
+
+    monkeypatch.setattr(package, "_kept_logits", record)
+    leaf = hidden.clone().requires_grad_()
+    logprob, _ = linear_logprob(leaf, weight, target, memory_budget=10**6, implementation="triton")
+    (first,) = torch.autograd.grad(logprob.sum(), leaf, retain_graph=True)
+    assert not kept[0].expired()
+    (second,) = torch.autograd.grad(logprob.sum(), leaf)
+    assert torch.equal(first, second)
+    assert kept[0].expired() and logprob.requires_grad  # the caller holds logprob, as for a metric
+
+
+def test_one_row_is_read_alike_whatever_its_stride():
+    """The stride of a dimension of one row means nothing, but TMA would refuse that of `one`."""
+    row = torch.randn(16, 1, device=DEVICE).half()
+    one, weight = row.t(), torch.randn(300, 16, device=DEVICE).half()
+    assert one.stride() == (1, 1)
+    assert gpu.can_use_tma(one, weight) == gpu.can_use_tma(row.flatten()[None], weight)
+    assert gpu.interpretable(one).stride() == (16, 1)
+    target = torch.tensor([7], device=DEVICE)
+    for result, expected in zip(
+        FORWARD(one, weight, target, 0, 1.0),
+        FORWARD(row.flatten()[None], weight, target, 0, 1.0),
+        strict=True,
+    ):
+        assert torch.equal(result, expected)
 
 
 def test_kept_logits_need_the_logprob():
