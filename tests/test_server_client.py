@@ -295,6 +295,8 @@ def test_serve_passes_the_runs_settings_on() -> None:
     assert command[-2:] == ["--seed", "5"]
     on_cpu = server_command(config, "/m", "h", 1, [], is_cpu=True)
     assert "--enforce-eager" in on_cpu and "{}" in on_cpu
+    assert "--no-enable-chunked-prefill" in on_cpu
+    assert "--no-enable-chunked-prefill" not in command
     assert "--weight-transfer-config" not in command
     over_network = load_config(None, [*overrides, "rollout.weight_transfer=nccl"])
     command = server_command(over_network, "/m", "h", 1, [], is_cpu=True)

@@ -9,7 +9,7 @@ import torch
 
 from flowrl.config import cache_dir, kept_environment
 from flowrl.policy.pretrained import resolve_model_path
-from flowrl.rollout.requests import config_overrides
+from flowrl.rollout.requests import config_overrides, enable_chunked_prefill
 from flowrl.rollout.weight_broadcast import ENGINE_NAME
 from flowrl.settings import Config
 
@@ -41,6 +41,8 @@ def server_command(
     command += ["--disable-uvicorn-access-log"]  # a line per response
     if rollout.weight_transfer == "nccl":
         command += ["--weight-transfer-config", json.dumps({"backend": ENGINE_NAME})]
+    if not enable_chunked_prefill(is_cpu):
+        command.append("--no-enable-chunked-prefill")
     if not rollout.enable_prefix_caching:
         command.append("--no-enable-prefix-caching")
     if rollout.enforce_eager or is_cpu:

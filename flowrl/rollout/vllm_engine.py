@@ -29,6 +29,7 @@ from flowrl.rollout.publication import checked, expected_weights
 from flowrl.rollout.requests import (
     check_prompts,
     config_overrides,
+    enable_chunked_prefill,
     end_token_ids,
     request_seeds,
 )
@@ -139,6 +140,7 @@ class VllmEngine:
                     gpu_memory_utilization=settings.gpu_memory_utilization,
                     enforce_eager=settings.enforce_eager or is_cpu,
                     enable_prefix_caching=settings.enable_prefix_caching,
+                    enable_chunked_prefill=enable_chunked_prefill(is_cpu),
                     enable_sleep_mode=settings.free_cache_engine,
                     use_tqdm_on_load=False,
                 )

@@ -125,6 +125,16 @@ def test_responses_end_where_those_of_the_transformers_engine_do(
     assert "stop" in reasons and (stop or "length" in reasons)
 
 
+def test_more_prompts_than_vllm_computes_at_once(engine: VllmEngine) -> None:
+    """8160 tokens of different prompts at 2048 or 4096 a time: one would lie across two batches."""
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 14, (85,), generator=draw).tolist() for _ in range(96)]
+    params = SamplingParams(max_tokens=4)
+    groups = engine.generate(prompts, params, seed=0)
+    assert len(groups) == 96
+    assert engine.generate(prompts, params, seed=0) == groups
+
+
 def test_prompts_that_cannot_be_answered_are_refused(engine: VllmEngine) -> None:
     params = SamplingParams(max_tokens=250)
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
