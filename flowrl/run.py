@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.background_save import BackgroundSave
 from flowrl.checkpoint import latest_checkpoint
-from flowrl.config import cache_dir, dump_config, is_main_process, is_megatron
+from flowrl.config import cache_dir, dump_config, is_megatron
 from flowrl.console import TrainingConsole
 from flowrl.files import only_writer, write_whole
 from flowrl.interface import Policy
@@ -206,10 +206,9 @@ def start(config: Config) -> Run:
         shuffle=config.data.shuffle,
     )
     with ExitStack() as stack:  # a start that is refused leaves no process behind
-        if is_main_process():
-            stack.enter_context(only_writer(config.run_dir))
         parts = build_parts(config, path, tokenizer)
         stack.callback(parts.close)
+        parts.on_main(lambda: stack.enter_context(only_writer(config.run_dir)))
         checkpoint = (
             latest_checkpoint(config.run_dir) if config.trainer.resume_mode == "auto" else None
         )

@@ -32,6 +32,18 @@ from flowrl.rollout.publication import checked
 ENGINE_NAME = "flowrl"  # among vLLM's weight transfer engines
 BUCKET_BYTES = 256 << 20  # a larger tensor has a bucket for itself
 
+# What a thread hands to the caller that waits for it; the rest would look like a peer that hangs.
+WORK_ERRORS = (
+    RuntimeError,
+    ValueError,
+    OSError,
+    AssertionError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ImportError,
+)
+
 T = TypeVar("T")
 Bucket = dict[str, list[int]]  # shapes by name, in the order of their bytes
 
@@ -177,7 +189,7 @@ def in_thread(work: Callable[[], T]) -> "Future[T]":
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # the caller's `result` raises it
+        except WORK_ERRORS as error:
             future.set_exception(error)
 
     threading.Thread(target=run, name="weights", daemon=True).start()

@@ -46,9 +46,10 @@ CHANGES = {
 
 def config_of(name: str) -> Config:
     # A wide clip: a token within rounding of the border could fall on either side.
-    wide = ("actor.clip_ratio_high=1000", "actor.clip_ratio_low=1", "flow.weighting=one")
-    overrides = ("model.path=model", "data.task=sums", "actor.clip_ratio_c=null", *wide)
-    return load_config(None, [*overrides, *CHANGES[name]])
+    wide = ("actor.clip_ratio_high=1000", "actor.clip_ratio_low=1", "actor.clip_ratio_c=null")
+    if name == "flow":
+        wide = ("flow.weighting=one",)
+    return load_config(None, ["model.path=model", "data.task=sums", *wide, *CHANGES[name]])
 
 
 def objective_of(name: str) -> Objective:
