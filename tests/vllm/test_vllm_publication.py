@@ -106,14 +106,14 @@ def test_wrong_weights_change_nothing(published: Published) -> None:
     published.publish(published.weights(6))
     before = published.engine.generate(PROMPTS, PARAMS, seed=0)
     weights = published.weights(7)
-    name = "model.layers.1.mlp.down_proj.weight"
+    name = "model.layers.1.self_attn.k_proj.weight"
     wrong = [
         {n: w for n, w in weights.items() if n != name},
         {**weights, name: weights[name].T},
-        {**weights, "model.layers.2.mlp.down_proj.weight": weights[name]},
+        {**weights, "model.layers.2.self_attn.k_proj.weight": weights[name]},
     ]
     for these in wrong:
-        with pytest.raises(ValueError, match=r"layers.\d.mlp.down_proj.weight"):
+        with pytest.raises(ValueError, match=r"layers.\d.self_attn.k_proj.weight"):
             published.engine.publish(these.items(), 99)
         assert published.engine.generate(PROMPTS, PARAMS, seed=0) == before
 
