@@ -194,8 +194,8 @@ def test_hf_folder_is_that_of_one_process(saved: Callable) -> None:
 class GroupCountingAdam(torch.optim.Optimizer):
     """AdamW that counts its updates as the FusedAdam of Transformer Engine and Apex do."""
 
-    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode):
-        assert adam_w_mode
+    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode, capturable=False):
+        assert adam_w_mode and not capturable  # megatron-core passes it from 0.17 on
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
