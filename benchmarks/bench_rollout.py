@@ -22,7 +22,8 @@ from rich.table import Table
 
 from flowrl.bench.measure import environment
 from flowrl.config import cache_dir
-from flowrl.parts import build_policy, resolve_device
+from flowrl.device import resolve_device
+from flowrl.parts import build_policy
 from flowrl.policy.pretrained import load_model, load_tokenizer, resolve_model_path
 from flowrl.rollout import RolloutEngine, SamplingParams
 from flowrl.rollout.transformers import TransformersEngine

@@ -42,9 +42,11 @@ def train(
     settings = load_config(config, overrides or [])
     started = time.perf_counter()
     # torch takes seconds to import, so only now.
+    from flowrl.device import with_resolved_dtype
     from flowrl.summary import describe, dry_run_report, summarise
     from flowrl.train import train as run_training
 
+    settings = with_resolved_dtype(settings)
     if dry_run:
         print(dump_config(settings))
         print(dry_run_report(settings))
@@ -83,7 +85,7 @@ def evaluate(
         bool | None, typer.Option(help="default: if the tokenizer has one")
     ] = None,
     engine: Annotated[str, typer.Option(help="transformers or vllm")] = "transformers",
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     max_num_seqs: Annotated[int, typer.Option(help="sequences decoded together")] = 256,
     output: Annotated[Path | None, typer.Option(help="default: evals/<model>")] = None,
@@ -111,6 +113,7 @@ def evaluate(
         raise ValueError("--tasks and --regrade take options, no --config and no key=value")
     if (judge_url is None) != (judge_model is None):
         raise ValueError("--judge-url and --judge-model belong together: give both or neither")
+    from flowrl.device import resolve_device, resolve_dtype
     from flowrl.evaluation.engine import find_model, fingerprint
     from flowrl.evaluation.grade import GradingSettings
     from flowrl.evaluation.judge import JudgeSettings
@@ -153,7 +156,7 @@ def evaluate(
             template=None if prompt_template is None else prompt_template.read_text("utf-8"),
             chat_template=chat_template,
             engine=cast(Literal["transformers", "vllm"], engine),
-            dtype=dtype,
+            dtype=resolve_dtype(dtype, resolve_device(device)),
             max_num_seqs=max_num_seqs,
         )
         folder = output or Path("evals") / f"{Path(source).name}-{settings.fingerprint[:8]}"

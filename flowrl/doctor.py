@@ -18,6 +18,7 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from flowrl.device import has_fast_bfloat16
 from flowrl.kernels import _native
 from flowrl.rewards.sandbox.client import isolation_level
 
@@ -88,7 +89,7 @@ def collect() -> list[Check]:
 def check_machine() -> list[Check]:
     """Python, torch, the number formats of the devices, and the C++ kernels."""
     capability = torch.backends.cpu.get_cpu_capability()
-    has_cpu_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_cpu_bf16 = has_fast_bfloat16(torch.device("cpu"))
     cpu = f"{capability}, {torch.get_num_threads()} threads, {_bf16(has_cpu_bf16)}"
     library = _native.library_path()
     return [
@@ -210,7 +211,7 @@ def _check_cuda() -> Check:
     memory = f"{device.total_memory / 2**30:.0f} GiB"
     found = (
         f"{torch.cuda.device_count()} x {device.name}, {memory}, CUDA {torch.version.cuda}, "
-        f"{_bf16(torch.cuda.is_bf16_supported(including_emulation=False))}"
+        f"{_bf16(has_fast_bfloat16(torch.device('cuda')))}"
     )
     return Check("machine", "CUDA", found, "training of real models", "", True)
 

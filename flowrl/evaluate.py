@@ -10,9 +10,9 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.config import cache_dir
+from flowrl.device import resolve_device, resolve_dtype
 from flowrl.files import write_whole
 from flowrl.intervals import Accuracy, bootstrap_interval
-from flowrl.parts import resolve_device
 from flowrl.policy.pretrained import load_model, load_tokenizer, resolve_model_path
 from flowrl.rewards import RewardPool, RewardRequest, RewardResult, RewardScorer
 from flowrl.rollout import Response, RolloutEngine, SamplingParams
@@ -140,7 +140,7 @@ def evaluate_model(config: Config, path: str) -> Evaluation:
     if not prompts:
         raise ValueError("there are no held-out prompts; name some in data.val_files")
     device = resolve_device(config.trainer.device)
-    dtype = getattr(torch, config.model.dtype)
+    dtype = getattr(torch, resolve_dtype(config.model.dtype, device))
     model = load_model(path, dtype, device, config.model.trust_remote_code)
     reward = config.reward
     with RewardPool(

@@ -19,6 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from flowrl.background_save import BackgroundSave
 from flowrl.batch import Sample
 from flowrl.checkpoint import HF_FOLDER, TENSORS_FILE, Checkpoint, load_state, save_folder
+from flowrl.device import resolve_device
 from flowrl.main_rank import (
     SHARED_ERRORS,
     MainRankEngine,
@@ -44,7 +45,6 @@ from flowrl.parts import (
     build_engine,
     check_fingerprint,
     partition_of,
-    resolve_device,
     resolve_flow,
     step_seed,
 )

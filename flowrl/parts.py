@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from flowrl.background_save import BackgroundSave
 from flowrl.batch import Sample
 from flowrl.checkpoint import Checkpoint, load_training_state, save_checkpoint
+from flowrl.device import resolve_device
 from flowrl.interface import Critic, Policy
 from flowrl.objectives.flow_balance import PRESETS, FlowBalancePreset
 from flowrl.partition import PartitionNetwork, build_partition
@@ -193,15 +194,6 @@ def resolve_flow(flow: FlowConfig) -> FlowBalancePreset:
         "detach_z": flow.z_detach,
     }
     return replace(PRESETS[flow.preset], **{k: v for k, v in overrides.items() if v is not None})
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first GPU, else the CPU. Raises ValueError for a GPU that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("trainer.device = cuda, but torch sees no GPU; use auto or cpu")
-    return torch.device(name)
 
 
 def partition_of(config: Config, hidden_size: int) -> PartitionNetwork | None:

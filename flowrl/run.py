@@ -18,6 +18,7 @@ from flowrl.background_save import BackgroundSave
 from flowrl.checkpoint import latest_checkpoint
 from flowrl.config import cache_dir, dump_config, is_megatron
 from flowrl.console import TrainingConsole
+from flowrl.device import with_resolved_dtype
 from flowrl.files import only_writer, write_whole
 from flowrl.interface import Policy
 from flowrl.lookahead import Lookahead
@@ -193,6 +194,7 @@ def start(config: Config) -> Run:
     Raises ValueError, before anything is trained, for whatever the configuration asks that the
     machine, the data or the checkpoint cannot give.
     """
+    config = with_resolved_dtype(config)  # the run directory keeps what it was
     if config.trainer.num_threads is not None:
         torch.set_num_threads(config.trainer.num_threads)
     path = resolve_model_path(config.model.path, cache_dir())

@@ -48,8 +48,10 @@ class ModelConfig(Section):
     """The pretrained policy."""
 
     path: str = Field(description="HF folder or name, `builtin:smollm2-135m-instruct`, ...")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="compute dtype; bfloat16 keeps float32 master weights"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="compute dtype; bfloat16 keeps float32 master weights, and is what auto means "
+        "where the device has instructions for it",
     )
     trust_remote_code: bool = Field(False, description="let the model folder run its own code")
     enable_gradient_checkpointing: bool = Field(False, description="recompute activations")
@@ -430,6 +432,11 @@ class Config(Section):
                 f"reward.overlong_buffer.len = {buffer.len} exceeds data.max_response_length = "
                 f"{data.max_response_length}: lower it"
             )
+
+    def with_dtype(self, dtype: str) -> "Config":
+        """A copy that computes in `dtype`."""
+        model = self.model.model_copy(update={"dtype": dtype})
+        return self.model_copy(update={"model": model})
 
     @property
     def needs_reference(self) -> bool:

@@ -1,5 +1,6 @@
 """What a person reads before and after a training run."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -9,9 +10,10 @@ from rich.table import Table
 from flowrl.checkpoint import latest_checkpoint
 from flowrl.config import cache_dir
 from flowrl.console import Example, print_start, print_summary
+from flowrl.device import has_fast_bfloat16, resolve_device
 from flowrl.doctor import implementation_for
 from flowrl.evaluate import Evaluation, load_evaluation, score_responses
-from flowrl.parts import resolve_device, resolve_flow
+from flowrl.parts import resolve_flow
 from flowrl.plots import plot_run
 from flowrl.policy.pretrained import load_tokenizer, resolve_model_path
 from flowrl.rewards import RewardPool, auto
@@ -21,11 +23,18 @@ from flowrl.settings import Config
 
 NUM_EXAMPLES = 3
 
+logger = logging.getLogger(__name__)
+
 
 def describe(config: Config) -> None:
     """Print what is about to run, on what, with which kernels."""
     device = resolve_device(config.trainer.device)
     head = implementation_for("linear_logprob_forward", device.type)
+    if config.model.dtype == "bfloat16" and not has_fast_bfloat16(device):
+        logger.warning(
+            "model.dtype = bfloat16, but this machine has no instructions for it and emulates them "
+            "slowly; model.dtype=auto takes float32 here"
+        )
     print_start(
         {
             "model": f"{config.model.path} ({config.model.dtype})",

@@ -28,7 +28,7 @@ from flowrl.interface import MicroBatchResult
 from flowrl.intervals import Accuracy, bootstrap_interval
 from flowrl.objectives import ObjectiveOutput
 from flowrl.objectives.flow_balance import PRESETS
-from flowrl.parts import resolve_device, resolve_flow, step_seed
+from flowrl.parts import resolve_flow, step_seed
 from flowrl.settings import FlowConfig
 
 BETA = 15.0
@@ -360,13 +360,3 @@ def test_step_seeds_are_fixed_and_distinct() -> None:
     assert len(seeds) == 900
     assert all(0 <= seed < 2**32 for seed in seeds)
     assert step_seed(10**30, 3) == int(np.random.SeedSequence([10**30, 3]).generate_state(1)[0])
-
-
-def test_resolve_device() -> None:
-    assert resolve_device("cpu") == torch.device("cpu")
-    if torch.cuda.is_available():
-        assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda")
-    else:
-        assert resolve_device("auto") == torch.device("cpu")
-        with pytest.raises(ValueError, match="sees no GPU"):
-            resolve_device("cuda")

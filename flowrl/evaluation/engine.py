@@ -11,8 +11,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.checkpoint import HF_FOLDER, STEP_NAME, latest_checkpoint
 from flowrl.config import cache_dir
+from flowrl.device import resolve_device
 from flowrl.evaluation.settings import EvalSettings
-from flowrl.parts import resolve_device
 from flowrl.policy.pretrained import load_model, resolve_model_path
 from flowrl.rollout import RolloutEngine
 from flowrl.rollout.transformers import TransformersEngine

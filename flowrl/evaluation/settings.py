@@ -66,7 +66,7 @@ class EvalSettings:
         if self.engine not in ("transformers", "vllm"):
             raise ValueError(f"--engine is {self.engine!r}: give transformers or vllm")
         if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--dtype is {self.dtype!r}: give float32 or bfloat16")
+            raise ValueError(f"--dtype is {self.dtype!r}: give auto, float32 or bfloat16")
 
 
 def load_settings(folder: Path) -> EvalSettings:

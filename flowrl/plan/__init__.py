@@ -90,6 +90,8 @@ def make_plan(
             f"--response-length {mean:g}: give more than 0 and up to data.max_response_length = "
             f"{longest}"
         )
+    if config.model.dtype == "auto":  # every GPU of the list has it
+        config = config.with_dtype("bfloat16")
     workload = Workload(find_gpu(gpu), gpus_per_node, mfu, config.data.max_prompt_length / 2, mean)
     sizes = read_sizes(config.model.path)
     setting = Setting(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from flowrl.config import cache_dir, kept_environment
+from flowrl.device import with_resolved_dtype
 from flowrl.policy.pretrained import resolve_model_path
 from flowrl.rollout.requests import config_overrides, enable_chunked_prefill
 from flowrl.rollout.weight_broadcast import ENGINE_NAME
@@ -54,6 +55,7 @@ def server_command(
 
 def serve(config: Config, host: str, port: int, vllm_arguments: Sequence[str]) -> None:
     """Become the server; returns only by OSError."""
+    config = with_resolved_dtype(config)
     path = resolve_model_path(config.model.path, cache_dir())
     is_cpu = not torch.cuda.is_available()
     command = server_command(config, path, host, port, vllm_arguments, is_cpu)
