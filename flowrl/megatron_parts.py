@@ -67,7 +67,7 @@ class MegatronParts:
     policy: MegatronPolicy
     engine: MainRankEngine
     rewards: MainRankRewards
-    reference: list[FlowModel]
+    reference: list[FlowModel] | None  # None: the objective does not read it
     offload_reference: bool
     reference_fingerprint: str
     model_path: str
@@ -84,6 +84,7 @@ class MegatronParts:
         return is_main_rank()
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Tensor]:
+        assert self.reference is not None
         for chunk in self.reference:
             torch.nn.Module.to(chunk, torch.cuda.current_device())
         logprobs = self.policy.logprobs(samples, self.reference)
@@ -204,10 +205,12 @@ def build_megatron(config: Config, path: str, tokenizer: PreTrainedTokenizerBase
             value_head = build_value_head(hf_config.hidden_size, step_seed(config.trainer.seed, 0))
             critic = build_critic(config, hf_config, path, layout, value_head)
         shapes = expected_weights(hf_config)
-        reference = build_chunks(hf_config, layout, dtype)
-        load_hf_weights(reference, path)
-        for chunk in reference:
-            chunk.requires_grad_(False)
+        reference = None
+        if config.needs_reference:
+            reference = build_chunks(hf_config, layout, dtype)
+            load_hf_weights(reference, path)
+            for chunk in reference:
+                chunk.requires_grad_(False)
         rewards, engine, fingerprint, generation_config = on_main_rank_only(
             config, path, tokenizer, dtype
         )

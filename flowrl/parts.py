@@ -104,7 +104,7 @@ class TorchParts:
     critic: TorchCritic | None
     engine: RolloutEngine
     rewards: RewardScorer
-    reference: PreTrainedModel
+    reference: PreTrainedModel | None  # None: the objective does not read it
     reference_fingerprint: str
     model_path: str
     tokenizer: PreTrainedTokenizerBase
@@ -112,6 +112,7 @@ class TorchParts:
     is_main: bool = True
 
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[Tensor]:
+        assert self.reference is not None
         move(self.reference, self.policy.device)
         logprobs = self.policy.logprobs(samples, self.reference)
         if self.offload_reference:
@@ -216,10 +217,13 @@ def build_torch(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -
         rewards = stack.enter_context(
             RewardPool(reward.function, reward.num_workers, reward.timeout_s, reward.failure_score)
         )
-        reference = load_model(path, dtype, device, config.model.trust_remote_code)
-        reference.requires_grad_(False).eval()
-        check_packing(reference, config.data.max_prompt_length + config.data.max_response_length)
         model = load_model(path, dtype, device, config.model.trust_remote_code)
+        check_packing(model, config.data.max_prompt_length + config.data.max_response_length)
+        fingerprint = weights_fingerprint(model)
+        reference = None
+        if config.needs_reference:
+            reference = load_model(path, dtype, device, config.model.trust_remote_code)
+            reference.requires_grad_(False)
         engine = build_engine(config, path, tokenizer, model)
         stack.callback(engine.close)
         parts = TorchParts(
@@ -228,7 +232,7 @@ def build_torch(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -
             engine=engine,
             rewards=rewards,
             reference=reference,
-            reference_fingerprint=weights_fingerprint(reference),
+            reference_fingerprint=fingerprint,
             model_path=config.model.path,
             tokenizer=deepcopy(tokenizer),  # a thread may save it while another encodes
             offload_reference=config.ref.offload,

@@ -61,7 +61,7 @@ def test_run_computes_in_it_and_keeps_it(is_fast: bool, tmp_path: Path) -> None:
     )
     name = "bfloat16" if is_fast else "float32"
     run = train(config)
-    assert run.parts.policy.model.dtype == getattr(torch, name)  # pyright: ignore
+    assert run.parts.policy.model.dtype == getattr(torch, name)
     kept = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert kept["model"]["dtype"] == name
     (folder,) = tmp_path.glob("checkpoints/*/hf")

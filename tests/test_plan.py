@@ -115,6 +115,8 @@ def test_switches_of_memory() -> None:
     assert memory("flow.log_z=none").partition == 0
     assert memory("algorithm.objective=grpo").partition == 0
     assert memory("ref.offload=true").reference == 0
+    assert memory("algorithm.objective=grpo").reference == 0  # read for a KL penalty only
+    assert memory("algorithm.objective=grpo", "actor.use_kl_loss=true").reference > 0
     alone = plan_of("ref.offload=true", gpus=1).configured
     assert alone is not None and alone.memory[0].reference == 0
 

@@ -245,7 +245,7 @@ def stage_memory(
             config, num, layout, stage_expert_parameters(sizes, layout, stage)
         ),
         partition=own_master_bytes(config, num_z, layout),
-        reference=0 if config.ref.offload else element * num,
+        reference=element * num if config.needs_reference and not config.ref.offload else 0,
         critic=critic_bytes(config, sizes, layout, stage, is_megatron) if has_critic else 0,
         engine_weights=element * model_parameters(sizes) if has_own_engine and is_megatron else 0,
         activations=activation_bytes(sizes, layout, stage, num_tokens, num_micro_batches, element),

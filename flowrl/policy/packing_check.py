@@ -19,6 +19,7 @@ NUM_TOKENS = 4  # of each prompt and response of the probes; short, so that bord
 BOUNDS = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.05, 0.25)}
 
 
+@torch.no_grad()
 def check_packing(model: PreTrainedModel, longest: int) -> None:
     """Raise ValueError for a model whose packed log-probs would not be its own.
 
@@ -74,7 +75,6 @@ def probes(vocab_size: int) -> list[Sample]:
     ]
 
 
-@torch.no_grad()
 def own_logprobs(model: PreTrainedModel, samples: list[Sample]) -> Tensor:
     """Log-probs of all response tokens by the model's own forward, sequence by sequence."""
     trained_with = model.config._attn_implementation
