@@ -316,6 +316,7 @@ def build_policy(config: Config, chunks: list[FlowModel], layout: Layout) -> Meg
         pooling=flow.pooling,
         detach_z=flow.detach_z,
         drop_mass=config.actor.drop_mass,
+        memory_budget=config.actor.memory_budget,
     )
 
 

@@ -287,6 +287,7 @@ def build_policy(config: Config, model: PreTrainedModel, device: torch.device) -
         pooling=flow.pooling,
         detach_z=flow.detach_z,
         drop_mass=config.actor.drop_mass,
+        memory_budget=config.actor.memory_budget,
         device=device,
     )
 

@@ -139,6 +139,11 @@ class ActorConfig(Section):
     drop_mass: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="softmax mass the head's backward may leave out; 0: exact"
     )
+    memory_budget: NonNegativeInt = Field(
+        0,
+        description="bytes per micro-batch for the head's softmax, which saves its exact backward "
+        "one product in four; unused where they do not hold it",
+    )
     clip_ratio_low: Annotated[float, Field(ge=0, le=1)] = Field(
         0.2, description="baselines: the ratio's lower bound is 1 - clip_ratio_low"
     )

@@ -47,6 +47,7 @@ def refuse_idle_settings(config: "Config") -> None:
             is_baseline and actor.loss_agg_mode == "seq-mean-token-sum-norm",
             "actor.loss_agg_mode=seq-mean-token-sum-norm",
         ),
+        ("actor.memory_budget", actor.drop_mass == 0, "actor.drop_mass=0"),
         ("actor.kl_loss_coef", actor.use_kl_loss, "actor.use_kl_loss=true"),
         (
             "algorithm.norm_adv_by_std_in_grpo",

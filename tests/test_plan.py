@@ -114,6 +114,8 @@ def test_switches_of_memory() -> None:
     assert memory("model.dtype=float32").optimizer == 8 * NUM_7B / 2
     assert memory("flow.log_z=none").partition == 0
     assert memory("algorithm.objective=grpo").partition == 0
+    kept = memory("actor.memory_budget=10000000000").head - spread.head
+    assert kept == 2 * 16384 * 152064 and memory("actor.memory_budget=1000").head == spread.head
     assert memory("ref.offload=true").reference == 0
     assert memory("algorithm.objective=grpo").reference == 0  # read for a KL penalty only
     assert memory("algorithm.objective=grpo", "actor.use_kl_loss=true").reference > 0
@@ -243,6 +245,8 @@ def test_drop_mass_and_recompute_change_the_update() -> None:
     extra = seconds("model.enable_gradient_checkpointing=true") - seconds()
     assert extra == pytest.approx(forward)
     assert seconds() - seconds("actor.drop_mass=0.002") == pytest.approx(0.95 * 3 * head)
+    assert seconds() - seconds("actor.memory_budget=10000000000") == pytest.approx(head)
+    assert seconds() == seconds("actor.memory_budget=100000000")  # too little: 16384 rows
 
 
 def test_bubble_of_a_pipeline() -> None:

@@ -149,10 +149,10 @@ def all_variants(device_type: str, drop_masses: Sequence[float]) -> dict[str, Va
     own = {}
     for name in dict.fromkeys((live, "reference")):
         own[name] = Variant(lambda name=name: own_run(name), implementation=name)
-    if live == "triton":
+    if live != "reference":
         # Enough for a copy of any logits: the forward keeps it and the backward recomputes nothing.
-        own["triton kept"] = Variant(
-            lambda: own_run("triton", memory_budget=2**62), implementation="triton"
+        own[f"{live} kept"] = Variant(
+            lambda: own_run(live, memory_budget=2**62), implementation=live
         )
     for drop_mass in drop_masses:
         own[f"{live} drop {drop_mass:.1e}"] = Variant(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import flowrl.kernels.linear_logprob  # noqa: F401  registers torch.ops.flowrl
+from flowrl.kernels.linear_logprob import kept_logits_buffer
 
 IGNORE_INDEX = -100
 # Of the rows, in the backward: while the gradients of one part's hidden states are summed over the
@@ -63,6 +63,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         weight_grad: Tensor | None,
         sequence_parallel: bool,
         rows: Tensor,
+        kept: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         # Compacted after the gather: each rank's share of the rows has another size.
         whole = _gather_rows(hidden, group) if sequence_parallel else hidden
@@ -70,7 +71,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         wanted = target[rows]
         run_forward, _ = _operators(weight)
         lse, target_logit, mean_logit, tile_lse = run_forward(
-            whole, weight, wanted, vocab_start, temperature, IGNORE_INDEX, entropy
+            whole, weight, wanted, vocab_start, temperature, IGNORE_INDEX, entropy, kept
         )
         is_here = (wanted >= vocab_start) & (wanted < vocab_start + weight.shape[0])
         partials = torch.stack([lse, target_logit, mean_logit, is_here.to(lse.dtype)])
@@ -84,7 +85,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         # On a GPU, where a look would wait for the device, the row and its gradients are NaN.
         lse = lse.masked_fill(~is_found, torch.nan)
         logprob = (target_logit - lse).clamp(max=0)
-        ctx.save_for_backward(whole, weight, wanted, rows, lse, mean_logit, tile_lse, logprob)
+        ctx.save_for_backward(whole, weight, wanted, rows, lse, mean_logit, tile_lse, logprob, kept)
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.vocab_start, ctx.group = temperature, vocab_start, group
         ctx.drop_mass, ctx.dropped_mass, ctx.weight_grad = drop_mass, dropped_mass, weight_grad
@@ -100,7 +101,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprob: Tensor | None, grad_entropy: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, target, rows, lse, mean_logit, tile_lse, logprob = ctx.saved_tensors
+        hidden, weight, target, rows, lse, mean_logit, tile_lse, logprob, kept = ctx.saved_tensors
         _, run_backward = _operators(weight)
         grad_logprob = torch.zeros_like(lse) if grad_logprob is None else grad_logprob[rows]
         grad_entropy = None if grad_entropy is None else grad_entropy[rows]
@@ -140,7 +141,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
                 IGNORE_INDEX,
                 dropped,
                 weight_grad,
-                None,
+                kept,
                 has_weight_grad,
             )
             if dropped_mass is not None and dropped is not None:
@@ -168,7 +169,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         return (
             grad_hidden,
             weight_grad.to(weight.dtype) if has_weight_grad else None,
-            *(None,) * 10,
+            *(None,) * 11,
         )
 
 
@@ -196,6 +197,7 @@ def vocab_parallel_logprob(
     *,
     entropy: bool = False,
     drop_mass: float = 0.0,
+    memory_budget: int = 0,
     dropped_mass: Tensor | None = None,
     weight_grad: Tensor | None = None,
     sequence_parallel: bool = False,
@@ -216,6 +218,7 @@ def vocab_parallel_logprob(
         group: the tensor-parallel ranks.
         entropy: also return the entropy.
         drop_mass: softmax mass that a row's backward may leave out, over all shards together.
+        memory_budget: bytes that this rank may keep for the backward, as in linear_logprob.
         dropped_mass: [T] float32 buffer; the backward writes this shard's part, an upper bound.
         weight_grad: [V_rank, H] float32 buffer that the backward adds the weight's gradient to;
             autograd then receives zeros.
@@ -264,4 +267,5 @@ def vocab_parallel_logprob(
         weight_grad,
         sequence_parallel,
         rows,
+        kept_logits_buffer(hidden, weight_shard, len(rows), drop_mass, memory_budget),
     )

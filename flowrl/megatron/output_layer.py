@@ -33,6 +33,7 @@ def output_layer_logprob(
     vocab_size: int,
     entropy: bool = False,
     drop_mass: float = 0.0,
+    memory_budget: int = 0,
     dropped_mass: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -48,7 +49,7 @@ def output_layer_logprob(
         target: [T] int64, -100 in rows to skip.
         temperature: divides the logits.
         vocab_size: entries of the vocabulary; the rows of the weight that pad it are left out.
-        entropy, drop_mass, dropped_mass, rows: as in vocab_parallel_logprob.
+        entropy, drop_mass, memory_budget, dropped_mass, rows: as in vocab_parallel_logprob.
 
     Returns:
         logprob [T] and entropy [T] or None, float32, the same on all tensor-parallel ranks.
@@ -77,6 +78,7 @@ def output_layer_logprob(
         tensor_group(),
         entropy=entropy,
         drop_mass=drop_mass,
+        memory_budget=memory_budget,
         dropped_mass=dropped_mass,
         weight_grad=weight_grad,
         sequence_parallel=model.config.sequence_parallel,

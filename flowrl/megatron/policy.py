@@ -43,6 +43,7 @@ class MegatronPolicy:
     pooling: Pooling
     detach_z: bool
     drop_mass: float
+    memory_budget: int = 0  # bytes that the head may keep of a micro-batch
 
     def __post_init__(self) -> None:
         prepare_training(self.chunks)
@@ -57,7 +58,7 @@ class MegatronPolicy:
         batches, num_filled = micro_batches(samples, self.layout, self.max_tokens, self.pooling)
         if objective is not None:
             _set_dropout_seeds(batches)
-        settings = StepSettings(self.temperature, self.detach_z, self.drop_mass)
+        settings = StepSettings(self.temperature, self.detach_z, self.drop_mass, self.memory_budget)
         step = partial(forward_step, settings=settings, objective=objective, num_filled=num_filled)
         return run_pipeline(chunks, batches, step, is_forward_only=objective is None)
 

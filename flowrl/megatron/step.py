@@ -39,6 +39,7 @@ class StepSettings:
     temperature: float
     detach_z: bool  # True: Z's gradient stops at its input
     drop_mass: float
+    memory_budget: int = 0  # bytes that the head may keep of a micro-batch
 
 
 @dataclass
@@ -96,6 +97,7 @@ def read_out(
         vocab_size=model.hf_config.vocab_size,
         entropy=is_training,
         drop_mass=settings.drop_mass,
+        memory_budget=settings.memory_budget,
         dropped_mass=dropped_mass,
         rows=batch.rows,
     )

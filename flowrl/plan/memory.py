@@ -199,6 +199,16 @@ def head_bytes(sizes: ModelSizes, layout: PlannedLayout, num_rows: int, element:
     return element * rows + tiles + max(tiles, backward)
 
 
+def kept_softmax_bytes(
+    config: Config, sizes: ModelSizes, layout: PlannedLayout, num_rows: float
+) -> float:
+    """What the head's forward keeps of R rows besides: e R V / t, or 0 beyond the budget for it."""
+    num_columns = -(-vocab_rows(sizes, layout.tensor) // HEAD_TILE) * HEAD_TILE
+    needed = element_bytes(config) * num_rows * num_columns
+    is_kept = config.actor.drop_mass == 0 and needed <= config.actor.memory_budget
+    return needed if is_kept else 0
+
+
 def logits_bytes(sizes: ModelSizes, layout: PlannedLayout, num_rows: int) -> float:
     """What logits would cost at least: float32, once as values and once as gradients."""
     return 8 * num_rows * vocab_rows(sizes, layout.tensor)
@@ -232,7 +242,10 @@ def stage_memory(
         num_z = partition_parameters(sizes.hidden_size, config.flow.z_num_layers)
     has_critic = config.algorithm.objective == "ppo"
     # Under sequence and tensor parallelism every rank has all rows, of its part of the vocabulary.
-    head = head_bytes(sizes, layout, num_tokens, element) if is_last else 0
+    head = 0
+    if is_last:
+        head = head_bytes(sizes, layout, num_tokens, element)
+        head += kept_softmax_bytes(config, sizes, layout, num_tokens)
     sequence = config.data.max_prompt_length + config.data.max_response_length
     num_sequences = min(
         config.rollout.max_num_seqs, config.data.train_batch_size * config.rollout.n

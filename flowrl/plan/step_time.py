@@ -9,7 +9,12 @@ from dataclasses import dataclass
 
 from flowrl.plan.hardware import Gpu
 from flowrl.plan.layout import PlannedLayout
-from flowrl.plan.memory import USABLE_SHARE, element_bytes, kv_bytes_per_token
+from flowrl.plan.memory import (
+    USABLE_SHARE,
+    element_bytes,
+    kept_softmax_bytes,
+    kv_bytes_per_token,
+)
 from flowrl.plan.sizes import (
     ModelSizes,
     active_parameters,
@@ -101,9 +106,9 @@ def pass_time(
     """Time of one pass of all sequences: forward only, or forward, backward and reduction.
 
     Backward of matrices 2, of attention 2.5 (it recomputes the scores) and of the head 3 times the
-    forward (6 f for f kept pairs, f = 1 when drop_mass = 0). The last of p stages also has the head
-    and sets the pace: (m + (p - 1) / v) micro-batch times, where the second term is the bubble of
-    1F1B with v chunks a stage (arXiv 2104.04473, Eq. in section 2.2).
+    forward (3 f for f kept pairs, f = 1 when drop_mass = 0; 2 where the softmax is kept). The last
+    of p stages also has the head and sets the pace: (m + (p - 1) / v) micro-batch times, where the
+    second term is the bubble of 1F1B with v chunks a stage (arXiv 2104.04473, Eq. in section 2.2).
     """
     mean_length = workload.prompt_tokens + workload.response_tokens
     tokens = num_sequences * mean_length / layout.data
@@ -120,7 +125,9 @@ def pass_time(
         layer += 2 * matrices + 2.5 * attention + (forward if layout.recompute else 0)
     rows = micro_tokens * workload.response_tokens / mean_length
     kept = KEPT_PAIRS if config.actor.drop_mass > 0 else 1.0
-    head = 2 * rows * sizes.hidden_size * sizes.vocab_size * (1 + 3 * kept * is_update)
+    is_softmax_kept = kept_softmax_bytes(config, sizes, layout, rows / layout.context) > 0
+    backward = (2 if is_softmax_kept else 3 * kept) * is_update
+    head = 2 * rows * sizes.hidden_size * sizes.vocab_size * (1 + backward)
     layers = sizes.num_hidden_layers / layout.pipeline
     slowest = layers * layer + (head if has_head else 0)
     compute_s = slowest / (layout.tensor * layout.context * workload.gpu.bf16_flops * workload.mfu)

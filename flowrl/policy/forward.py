@@ -51,6 +51,7 @@ def head_outputs(
     *,
     with_entropy: bool = False,
     drop_mass: float = 0.0,
+    memory_budget: int = 0,
     weight_grad: Tensor | None = None,
 ) -> TokenOutputs:
     """Run the head on response tokens, from the trunk's states [U, H].
@@ -71,6 +72,7 @@ def head_outputs(
         temperature=temperature,
         entropy=with_entropy,
         drop_mass=drop_mass,
+        memory_budget=memory_budget,
         dropped_mass=dropped_mass,
         weight_grad=weight_grad,
     )
@@ -90,6 +92,7 @@ def forward_tokens(
     *,
     with_entropy: bool = False,
     drop_mass: float = 0.0,
+    memory_budget: int = 0,
     weight_grad: Tensor | None = None,
 ) -> TokenOutputs:
     """Run the trunk on all tokens and the head on response tokens only, see `head_outputs`."""
@@ -100,6 +103,7 @@ def forward_tokens(
         temperature,
         with_entropy=with_entropy,
         drop_mass=drop_mass,
+        memory_budget=memory_budget,
         weight_grad=weight_grad,
     )
 

@@ -26,6 +26,7 @@ class TorchPolicy:
     pooling: Pooling
     detach_z: bool
     drop_mass: float
+    memory_budget: int = 0  # bytes that the head may keep of a micro-batch
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def logprobs(
@@ -58,6 +59,7 @@ class TorchPolicy:
                 self.temperature,
                 with_entropy=True,
                 drop_mass=self.drop_mass,
+                memory_budget=self.memory_budget,
                 weight_grad=self.optimizer.main_grads[output_weight(self.model)],
             )
             log_z = None

@@ -13,8 +13,9 @@ H hidden size, V entries in the shard and tiles = ceil(V / 128):
     tile_lse [T, tiles], the log-sum-exp of each run of 128 entries.
   All of them are 0 in ignored rows. Shards s merge as lse = logsumexp_s lse_s, target_logit =
   sum_s target_logit_s, mean_logit = sum_s exp(lse_s - lse) mean_logit_s.
-  tile_lse of the Triton kernels is a transposed view. `kept_logits` is a buffer that they fill for
-  their own backward, see gpu.py for its shape and format; the others take None only.
+  tile_lse of the Triton kernels is a transposed view. `kept_logits` [T, 128 tiles], of the dtype of
+  `hidden`, is a buffer that Triton and C++ (not for float16) fill with exp(z - tile_lse), each in
+  an order of its own, for their own backward; the reference takes None only.
 
 `flowrl::linear_logprob_backward` takes lse, mean_logit and logprob of the whole vocabulary and the
   tile_lse of the shard, and returns
@@ -47,7 +48,7 @@ from flowrl.kernels._triton import HAS_KERNELS, IS_INTERPRETED
 from flowrl.kernels.linear_logprob import reference
 from flowrl.kernels.linear_logprob.checks import check_inputs, is_number
 
-__all__ = ["linear_logprob", "live_implementation"]
+__all__ = ["kept_logits_buffer", "linear_logprob", "live_implementation"]
 
 FORWARD_SCHEMA = (
     "(Tensor hidden, Tensor weight_shard, Tensor target, int vocab_start, float temperature, "
@@ -306,8 +307,9 @@ def linear_logprob(
             returns none for `weight`.
         memory_budget: bytes that the forward may keep for the backward beyond O(T V / 128). With
             drop_mass = 0 and as many bytes as [T, V rounded up to 128] takes in the dtype of
-            `hidden`, "triton" keeps the softmax of each tile, rounded to that dtype, and the
-            backward does not multiply for the logits again. The others always do.
+            `hidden`, the softmax of each tile is kept, rounded to that dtype, and the backward
+            does not multiply for the logits again. "cpu" does for float16 and for an entropy with
+            a gradient, "reference" always.
         check: on CUDA, validate `target` too, at the cost of a synchronisation. Without it a target
             outside the vocabulary gives NaN in its row; on the CPU it always raises.
         implementation: None for the best of the device, or "reference", "triton", "cpu".
@@ -340,22 +342,34 @@ def linear_logprob(
         ignore_index,
         dropped_mass,
         weight_grad,
-        _kept_logits(hidden, weight, drop_mass, memory_budget, operators),
+        kept_logits_buffer(hidden, weight, len(hidden), drop_mass, memory_budget, operators),
         operators,
     )
 
 
-def _kept_logits(
-    hidden: Tensor, weight: Tensor, drop_mass: float, memory_budget: int, operators: str
+def kept_logits_buffer(
+    hidden: Tensor,
+    weight_shard: Tensor,
+    num_rows: int,
+    drop_mass: float,
+    memory_budget: int,
+    operators: str = "device",
 ) -> Tensor | None:
-    num_columns = -(-weight.shape[0] // reference.TILE) * reference.TILE
-    has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    num_bytes = hidden.shape[0] * num_columns * hidden.element_size()
-    if drop_mass > 0 or not has_backward or memory_budget < max(num_bytes, 1):
+    """Return the `kept_logits` that `memory_budget` bytes buy for `num_rows` rows, or None.
+
+    See `linear_logprob`. To be called in the grad mode of the caller, with the tensors that will
+    have a gradient.
+    """
+    num_columns = -(-weight_shard.shape[0] // reference.TILE) * reference.TILE
+    has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight_shard.requires_grad)
+    num_bytes = num_rows * num_columns * hidden.element_size()
+    if drop_mass > 0 or not has_backward or not 0 < num_bytes <= memory_budget:
         return None
-    if not _runs_triton(operators, hidden):
+    runs_native = operators == "device" and hidden.device.type == "cpu" and _has_kernel("CPU")
+    is_kept_there = runs_native and hidden.dtype in (torch.float32, torch.bfloat16)
+    if not (is_kept_there or _runs_triton(operators, hidden)):
         return None
-    return hidden.detach().new_empty(hidden.shape[0], num_columns)
+    return hidden.detach().new_empty(num_rows, num_columns)
 
 
 def _runs_triton(operators: str, hidden: Tensor) -> bool:

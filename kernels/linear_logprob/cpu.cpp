@@ -28,11 +28,6 @@ auto reference(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-void refuse_kept_logits(const OptTensor& kept_logits) {
-  TORCH_CHECK_VALUE(!kept_logits, "kept_logits is a buffer of shape ", kept_logits->sizes(),
-                    ", but the CPU implementation recomputes the logits; pass kept_logits=None");
-}
-
 // The twin of checks.py: the operators are public, and nothing below looks at a size again.
 void check_inputs(const Tensor& hidden, const Tensor& weight, const Tensor& target,
                   double temperature) {
@@ -61,14 +56,24 @@ void check_shape(const char* name, const OptTensor& tensor, at::IntArrayRef shap
                     ", got ", tensor->sizes());
 }
 
+void check_kept(const OptTensor& kept, const Tensor& hidden, const Tensor& weight) {
+  if (!kept) return;
+  check_shape("kept_logits", kept,
+              {hidden.size(0), (weight.size(0) + kTile - 1) / kTile * kTile});
+  TORCH_CHECK_VALUE(kept->is_contiguous() && kept->scalar_type() == hidden.scalar_type() &&
+                        hidden.scalar_type() != at::kHalf,
+                    "kept_logits must be contiguous and have the dtype of hidden, float32 or "
+                    "bfloat16; got ", kept->scalar_type(), " for ", hidden.scalar_type());
+}
+
 bool uses_bfloat16(const Tensor& hidden) {
   return hidden.scalar_type() == at::kBFloat16 && has_bfloat16_products();
 }
 
 template <typename T>
 ForwardResult forward_of(const Tensor& hidden, const Tensor& weight, const Tensor& target,
-                         int64_t vocab_start, float temperature, int64_t ignore_index,
-                         bool entropy) {
+                         int64_t vocab_start, float temperature, int64_t ignore_index, bool entropy,
+                         const KeptShares& kept) {
   const int64_t num_rows = hidden.size(0), vocab_size = weight.size(0);
   const auto target_c = target.contiguous();
   const auto* targets = target_c.const_data_ptr<int64_t>();
@@ -94,6 +99,7 @@ ForwardResult forward_of(const Tensor& hidden, const Tensor& weight, const Tenso
   const auto transposed = transposed_blocks(Rows<T>(hidden, index));
 
   Scratch<float> logits(kTile * kLanes, num_workers(num_tiles));
+  Scratch<float> spare(kept.is_there() ? kTile * kLanes : 0, num_workers(num_tiles));
   for (int64_t tile = 0, count; tile < num_tiles; tile += count) {
     count = slices.run(tile, num_tiles);
     const T* slice = slices.get(tile, count);
@@ -103,13 +109,20 @@ ForwardResult forward_of(const Tensor& hidden, const Tensor& weight, const Tenso
       for (int64_t first = 0; first < num_real; first += kLanes) {
         multiply(kTile, kLanes, width, slice + j * kTile * width, width,
                  transposed.get() + first * width, kLanes, z, kLanes, false);
+        const int64_t num_lanes = std::min(kLanes, num_real - first);
+        for (int64_t r = 0; r < num_lanes; ++r) {
+          const int64_t t = index[first + r], entry = targets[t] - vocab_start - start;
+          if (entry >= 0 && entry < real) chosen[t] = z[entry * kLanes + r] * scale;
+        }
         float maximum[kLanes], total[kLanes], weighted[kLanes];
         tile_statistics(z, real, scale, entropy, maximum, total, weighted);
-        for (int64_t r = 0; r < std::min(kLanes, num_real - first); ++r) {
-          const int64_t t = index[first + r], entry = targets[t] - vocab_start - start;
+        for (int64_t r = 0; r < num_lanes; ++r) {
+          const int64_t t = index[first + r];
           tile_lses[t * num_tiles + tile + j] = maximum[r] + std::log(total[r]);
           if (entropy) tile_means[t * num_tiles + tile + j] = maximum[r] + weighted[r] / total[r];
-          if (entry >= 0 && entry < real) chosen[t] = z[entry * kLanes + r] * scale;
+        }
+        if (kept.is_there()) {
+          kept.store(tile + j, real, index.data() + first, num_lanes, z, total, spare.get(worker));
         }
       }
     });
@@ -141,16 +154,16 @@ ForwardResult forward(const Tensor& hidden, const Tensor& weight, const Tensor& 
         .call(hidden, weight, target, vocab_start, temperature, ignore_index, entropy, kept_logits);
   }
   check_inputs(hidden, weight, target, temperature);
-  refuse_kept_logits(kept_logits);
+  check_kept(kept_logits, hidden, weight);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto run = uses_bfloat16(hidden) ? forward_of<BFloat16> : forward_of<float>;
   return run(hidden, weight, target, vocab_start, static_cast<float>(temperature), ignore_index,
-             entropy);
+             entropy, KeptShares(kept_logits));
 }
 
 struct BackwardInputs {
   Tensor hidden, weight, target, lse, mean_logit, tile_lse, grad_logprob;
-  OptTensor grad_entropy, logprob;
+  OptTensor grad_entropy, logprob, kept_logits;
   int64_t vocab_start, ignore_index;
   float temperature;
   double drop_mass;
@@ -178,14 +191,15 @@ RowGradients row_gradients(const BackwardInputs& in, const Rows<T>& rows) {
   const auto size = static_cast<size_t>(rows.padded);
   const float scale = 1 / in.temperature;
   RowGradients out{std::vector<float>(size), std::vector<float>(size), std::vector<float>(size),
-                   std::vector<float>(size), std::vector<int64_t>(size, -1),
-                   in.grad_entropy.has_value()};
+                   std::vector<float>(size), std::vector<float>(size),
+                   std::vector<int64_t>(size, -1), in.grad_entropy.has_value()};
   for (int64_t i = 0; i < rows.count; ++i) {
     const int64_t t = rows.index[i];
     out.lse[i] = in.lse.const_data_ptr<float>()[t];
     out.mean_logit[i] = in.mean_logit.const_data_ptr<float>()[t];
     out.grad_logprob[i] = in.grad_logprob.const_data_ptr<float>()[t] * scale;
     if (out.has_entropy) out.grad_entropy[i] = optional_floats(in.grad_entropy)[t] * scale;
+    if (in.logprob) out.tail[i] = -std::expm1(optional_floats(in.logprob)[t]);
     out.target[i] = in.target.const_data_ptr<int64_t>()[t] - in.vocab_start;
   }
   return out;
@@ -245,8 +259,9 @@ Tensor backward_of(const BackwardInputs& in, const WeightGrad& weight_grad, floa
       rows.is_whole ? grad_hidden : at::zeros({rows.padded, rows.width}, at::kFloat);
   WeightSlices<T> slices(in.weight, rows.width);
   Backward<T> work{rows, slices, in.weight.size(0), 1 / in.temperature, row_gradients(in, rows),
-                   weight_grad, padded_grad.mutable_data_ptr<float>()};
-  if (in.drop_mass > 0 && !in.grad_entropy) {
+                   weight_grad, KeptShares(in.kept_logits), in.tile_lse.const_data_ptr<float>(),
+                   padded_grad.mutable_data_ptr<float>()};
+  if (in.drop_mass > 0 && !in.grad_entropy && !in.kept_logits) {
     backward_with_drop<T>(in, work, dropped_mass);
   } else {
     work.exact(nullptr);
@@ -284,7 +299,9 @@ std::tuple<Tensor, Tensor> backward(
   check_shape("logprob", logprob, {num_rows});
   check_shape("dropped_mass", dropped_mass, {num_rows});
   check_shape("weight_grad", weight_grad, weight.sizes());
-  refuse_kept_logits(kept_logits);
+  check_kept(kept_logits, hidden, weight);
+  TORCH_CHECK_VALUE(!kept_logits || logprob,
+                    "kept_logits is given without logprob; pass the log-probs of the forward");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto floats = [](const Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); };
   const auto optional = [&](const OptTensor& tensor) {
@@ -292,7 +309,8 @@ std::tuple<Tensor, Tensor> backward(
   };
   const BackwardInputs inputs{hidden, weight, target.contiguous(), floats(lse),
                               floats(mean_logit), floats(tile_lse), floats(grad_logprob),
-                              optional(grad_entropy), optional(logprob), vocab_start, ignore_index,
+                              optional(grad_entropy), optional(logprob), kept_logits, vocab_start,
+                              ignore_index,
                               static_cast<float>(temperature), drop_mass};
   const bool has_result = needs_grad_weight && !weight_grad;
   const auto options = hidden.options().dtype(at::kFloat);

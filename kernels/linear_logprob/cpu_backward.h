@@ -33,7 +33,9 @@ struct Backward {
   float scale;
   RowGradients gradients;
   WeightGrad weight_grad;
-  float* grad_hidden;  // [rows.padded, rows.width], zero at the start
+  KeptShares kept;
+  const float* tile_lse;  // [T, tiles]
+  float* grad_hidden;     // [rows.padded, rows.width], zero at the start
 
   int64_t tile_width(int64_t tile) const { return std::min(kTile, vocab_size - tile * kTile); }
 
@@ -50,13 +52,19 @@ struct Backward {
     int64_t ld() const { return count * kTile + kSkew; }
   };
 
-  // keep [rows.padded, num_tiles] marks the pairs to compute, nullptr all of them.
+  // keep [rows.padded, num_tiles] marks the pairs to compute, nullptr all of them. What the forward
+  // kept replaces the product that gives the logits, unless an entropy has a gradient, which needs
+  // the logits themselves.
   void exact(const uint8_t* keep) {
     const int64_t width = rows.width, num_tiles = weight.num_tiles();
     const int64_t chunk_rows = std::min(kRowChunk, rows.padded), workers = at::get_num_threads();
     // Tiles of a slice: memory grows with them and time does not fall, measured from 3 to 12.
     const int64_t limit = std::max<int64_t>(2, workers);
-    const auto transposed = transposed_blocks(rows);
+    const bool is_kept = kept.is_there() && !gradients.has_entropy;
+    const From from = is_kept                 ? From::kShares
+                      : gradients.has_entropy ? From::kLogitsWithEntropy
+                                              : From::kLogits;
+    const auto transposed = is_kept ? Scratch<T>(0) : transposed_blocks(rows);
     std::vector<std::pair<int64_t, int64_t>> slices;
     for (int64_t tile = 0; tile < num_tiles; tile += slices.back().second) {
       slices.emplace_back(tile, weight.run(tile, limit));
@@ -107,16 +115,27 @@ struct Backward {
       T* entries = by_entry.get(worker);
       float* z = logits.get(worker);
       for (int64_t b = 0; b < size; b += kLanes) {
-        multiply(kTile, kLanes, width, plain, width, transposed.get() + (step.chunk + b) * width,
-                 kLanes, z, kLanes, false);
+        const int64_t first = step.chunk + b, real = std::min(kLanes, rows.count - first);
+        float* spare = z + kTile * kLanes;
         Lanes lanes;
         for (int64_t r = 0; r < kLanes; ++r) {
-          const int64_t row = step.chunk + b + r;
+          const int64_t row = first + r;
           gradients.load(lanes, r, row, tile, !keep || keep[row * num_tiles + tile]);
         }
-        grad_block(z, tile_width(tile), kLanes, scale, gradients.has_entropy, lanes, entries + b,
-                   ld_entry, step.by_row + b * step.ld() + j * kTile, step.ld(),
-                   z + kTile * kLanes);
+        if (is_kept) {
+          kept.load(tile, rows.index.data() + first, real, z, spare);
+          for (int64_t r = 0; r < kLanes; ++r) {
+            lanes.mass[r] =
+                r < real ? std::exp(tile_lse[rows.index[first + r] * num_tiles + tile] -
+                                    lanes.lse[r])
+                         : 0.0f;
+          }
+        } else {
+          multiply(kTile, kLanes, width, plain, width, transposed.get() + first * width, kLanes, z,
+                   kLanes, false);
+        }
+        grad_block(z, tile_width(tile), kLanes, scale, from, lanes, entries + b, ld_entry,
+                   step.by_row + b * step.ld() + j * kTile, step.ld(), spare);
       }
       if (!weight_grad.is_wanted()) return;
       const auto panels = make_panels(packed_rows.get() + step.chunk * width, rows.row(step.chunk),
@@ -277,7 +296,7 @@ struct Backward {
         lanes.target[r] = -1;
         if (b + r < real) gradients.load(lanes, r, list[b + r], tile, true);
       }
-      grad_block(z, tile_width(tile), num_lanes, scale, false, lanes, by_entry + b, size,
+      grad_block(z, tile_width(tile), num_lanes, scale, From::kLogits, lanes, by_entry + b, size,
                  by_row + b * kTile, kTile, z + kTile * kLanes);
     }
   }

@@ -268,9 +268,70 @@ void pack_panels(const T* plain, int64_t first, int64_t rows, int64_t k, int64_t
   }
 }
 
+// The softmax of each tile, [tiles, T, kTile] in float32 or bfloat16, which a forward keeps for its
+// backward. Tile by tile, since rows as long as the vocabulary would be a page apart. `spare` has
+// kTile * kLanes floats.
+class KeptShares {
+ public:
+  explicit KeptShares(const std::optional<Tensor>& buffer) {
+    if (!buffer) return;
+    data_ = static_cast<char*>(buffer->mutable_data_ptr());
+    num_rows_ = buffer->size(0);
+    is_narrow_ = buffer->scalar_type() == at::kBFloat16;
+  }
+  bool is_there() const { return data_ != nullptr; }
+
+  // From exps [kTile][kLanes], whose first `width` rows exist, and their totals; exps is used up.
+  void store(int64_t tile, int64_t width, const int64_t* rows, int64_t count, float* exps,
+             const float* total, float* spare) const {
+    tile_shares(exps, width, total);
+    const float* by_row = spare;
+    if (is_narrow_) {
+      auto* words = reinterpret_cast<uint32_t*>(spare) + kTile / 2 * kLanes;
+      narrow(exps, kLanes, reinterpret_cast<uint16_t*>(spare), kLanes, words);
+      transpose(words, kTile / 2, kLanes, kLanes, reinterpret_cast<uint32_t*>(exps), kTile / 2);
+      by_row = exps;
+    } else {
+      transpose(reinterpret_cast<const uint32_t*>(exps), kTile, kLanes, kLanes,
+                reinterpret_cast<uint32_t*>(spare), kTile);
+    }
+    const auto* from = reinterpret_cast<const char*>(by_row);
+    for (int64_t r = 0; r < count; ++r) {
+      std::memcpy(place(tile, rows[r]), from + r * tile_bytes(), tile_bytes());
+    }
+  }
+
+  // To shares [kTile][kLanes], with zeros in lanes >= count.
+  void load(int64_t tile, const int64_t* rows, int64_t count, float* shares, float* spare) const {
+    auto* by_row = reinterpret_cast<char*>(spare);
+    for (int64_t r = 0; r < count; ++r) {
+      std::memcpy(by_row + r * tile_bytes(), place(tile, rows[r]), tile_bytes());
+    }
+    std::memset(by_row + count * tile_bytes(), 0, (kLanes - count) * tile_bytes());
+    const auto* from = reinterpret_cast<const uint32_t*>(spare);
+    if (is_narrow_) {
+      auto* words = reinterpret_cast<uint32_t*>(spare) + kTile / 2 * kLanes;
+      transpose(from, kLanes, kTile / 2, kTile / 2, words, kLanes);
+      widen(words, shares);
+    } else {
+      transpose(from, kLanes, kTile, kTile, reinterpret_cast<uint32_t*>(shares), kLanes);
+    }
+  }
+
+ private:
+  int64_t tile_bytes() const { return kTile * (is_narrow_ ? 2 : 4); }
+  char* place(int64_t tile, int64_t row) const {
+    return data_ + (tile * num_rows_ + row) * tile_bytes();
+  }
+
+  char* data_ = nullptr;
+  int64_t num_rows_ = 0;
+  bool is_narrow_ = false;
+};
+
 // Per-row inputs of the backward, compacted and padded so that padding gives zero gradients.
 struct RowGradients {
-  std::vector<float> lse, mean_logit, grad_logprob, grad_entropy;
+  std::vector<float> lse, mean_logit, grad_logprob, grad_entropy, tail;
   std::vector<int64_t> target;  // entry of this shard; anything outside it matches no tile
   bool has_entropy;
 
@@ -279,24 +340,25 @@ struct RowGradients {
     lanes.mean_logit[lane] = mean_logit[row];
     lanes.grad_logprob[lane] = keep ? grad_logprob[row] : 0.0f;
     lanes.grad_entropy[lane] = has_entropy ? grad_entropy[row] : 0.0f;
+    lanes.tail[lane] = tail[row];
     const int64_t entry = target[row] - tile * kTile;
     lanes.target[lane] = entry >= 0 && entry < kTile ? static_cast<int32_t>(entry) : -1;
   }
 };
 
 // Gradient of a block of logits [kTile][lanes]: `by_entry` [kTile][ld_entry] feeds the gradient of
-// the weight, `by_row` [lanes][ld_row] that of the hidden states. `logits` is overwritten.
+// the weight, `by_row` [lanes][ld_row] that of the hidden states. `values` is overwritten.
 template <typename T>
-void grad_block(float* logits, int64_t width, int64_t lanes, float scale, bool entropy,
+void grad_block(float* values, int64_t width, int64_t lanes, float scale, From from,
                 const Lanes& rows, T* by_entry, int64_t ld_entry, T* by_row, int64_t ld_row,
                 float* spare) {
   if constexpr (is_narrow<T>) {
-    grad_float(logits, width, lanes, scale, entropy, rows, spare, lanes);
-    auto* words = reinterpret_cast<uint32_t*>(logits);
+    grad_float(values, width, lanes, scale, from, rows, spare, lanes);
+    auto* words = reinterpret_cast<uint32_t*>(values);
     narrow(spare, lanes, reinterpret_cast<uint16_t*>(by_entry), ld_entry, words);
     transpose(words, kTile / 2, lanes, lanes, reinterpret_cast<uint32_t*>(by_row), ld_row / 2);
   } else {
-    grad_float(logits, width, lanes, scale, entropy, rows, by_entry, ld_entry);
+    grad_float(values, width, lanes, scale, from, rows, by_entry, ld_entry);
     transpose(reinterpret_cast<const uint32_t*>(by_entry), kTile, lanes, ld_entry,
               reinterpret_cast<uint32_t*>(by_row), ld_row);
   }

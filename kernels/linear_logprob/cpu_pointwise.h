@@ -81,8 +81,8 @@ FLOWRL_INLINE uint32_t bfloat16_bits(float x) {
 }
 
 // Per lane of logits [width][kLanes]: maximum, sum of exp(z - maximum) and, with entropy, that of
-// exp(z - maximum) (z - maximum), where z = logits * scale.
-FLOWRL_INLINE void tile_statistics_body(const float* __restrict logits, int64_t width, float scale,
+// exp(z - maximum) (z - maximum), where z = logits * scale. logits becomes exp(z - maximum).
+FLOWRL_INLINE void tile_statistics_body(float* __restrict logits, int64_t width, float scale,
                                         bool entropy, float* __restrict maximum,
                                         float* __restrict total, float* __restrict weighted) {
   for (int64_t r = 0; r < kLanes; ++r) maximum[r] = logits[r];
@@ -97,65 +97,95 @@ FLOWRL_INLINE void tile_statistics_body(const float* __restrict logits, int64_t 
     total[r] = weighted[r] = 0.0f;
   }
   for (int64_t v = 0; v < width; ++v) {
-    const float* row = logits + v * kLanes;
+    float* row = logits + v * kLanes;
     if (entropy) {
       for (int64_t r = 0; r < kLanes; ++r) {
         const float centred = row[r] * scale - maximum[r];
         const float e = exp_flushed(centred);
+        row[r] = e;
         total[r] += e;
         weighted[r] += e * centred;
       }
     } else {
-      for (int64_t r = 0; r < kLanes; ++r) total[r] += exp_flushed(row[r] * scale - maximum[r]);
+      for (int64_t r = 0; r < kLanes; ++r) {
+        const float e = exp_flushed(row[r] * scale - maximum[r]);
+        row[r] = e;
+        total[r] += e;
+      }
     }
   }
 }
 FLOWRL_MULTIVERSION(tile_statistics,
-                    (const float* logits, int64_t width, float scale, bool entropy, float* maximum,
+                    (float* logits, int64_t width, float scale, bool entropy, float* maximum,
                      float* total, float* weighted),
                     (logits, width, scale, entropy, maximum, total, weighted))
+
+// exps [kTile][kLanes] over the total of their lane; zeros in rows >= width.
+FLOWRL_INLINE void tile_shares_body(float* __restrict exps, int64_t width,
+                                    const float* __restrict total) {
+  float inverse[kLanes];
+  for (int64_t r = 0; r < kLanes; ++r) inverse[r] = 1.0f / total[r];
+  for (int64_t v = 0; v < kTile; ++v) {
+    float* row = exps + v * kLanes;
+    for (int64_t r = 0; r < kLanes; ++r) row[r] = v < width ? row[r] * inverse[r] : 0.0f;
+  }
+}
+FLOWRL_MULTIVERSION(tile_shares, (float* exps, int64_t width, const float* total),
+                    (exps, width, total))
 
 // What the gradient of a block of logits needs of its rows.
 struct Lanes {
   float lse[kLanes], mean_logit[kLanes];
   float grad_logprob[kLanes], grad_entropy[kLanes];  // divided by the temperature; 0: skip the row
   int32_t target[kLanes];                            // entry of this tile, -1 if it is not here
+  float mass[kLanes], tail[kLanes];  // of kept shares: exp(tile_lse - lse), 1 - p of the target
 };
 
-FLOWRL_INLINE float grad_logit(float logit, float scale, const Lanes& lanes, int64_t v, int64_t r,
-                               bool entropy) {
-  const float z = logit * scale;
+// The gradient of a block of logits, from the logits or from the shares that the forward kept.
+enum class From { kLogits, kLogitsWithEntropy, kShares };
+
+FLOWRL_INLINE float grad_logit(float value, float scale, const Lanes& lanes, int64_t v, int64_t r,
+                               From from) {
+  const bool is_target = lanes.target[r] == static_cast<int32_t>(v);
+  if (from == From::kShares) {  // a share is rounded relative to p, which leaves nothing of 1 - p
+    return lanes.grad_logprob[r] * (is_target ? lanes.tail[r] : -value * lanes.mass[r]);
+  }
+  const float z = value * scale;
   const float p = exp_flushed(z - lanes.lse[r]);
   // One-hot minus p before any product: subtracting g p from g would lose the small 1 - p.
-  const float hot = lanes.target[r] == static_cast<int32_t>(v) ? 1.0f : 0.0f;
-  const float grad = lanes.grad_logprob[r] * (hot - p);
-  return entropy ? grad - lanes.grad_entropy[r] * (p * (z - lanes.mean_logit[r])) : grad;
+  const float grad = lanes.grad_logprob[r] * ((is_target ? 1.0f : 0.0f) - p);
+  if (from == From::kLogits) return grad;
+  return grad - lanes.grad_entropy[r] * (p * (z - lanes.mean_logit[r]));
 }
 
 // Gradient of logits [kTile][lanes] in float32; zeros in rows >= width.
-FLOWRL_INLINE void grad_float_body(const float* __restrict logits, int64_t width, int64_t num_lanes,
-                                   float scale, bool entropy, const Lanes& lanes,
+FLOWRL_INLINE void grad_float_body(const float* __restrict values, int64_t width, int64_t num_lanes,
+                                   float scale, From from, const Lanes& lanes,
                                    float* __restrict out, int64_t ld_out) {
   for (int64_t v = 0; v < kTile; ++v) {
     float* to = out + v * ld_out;
-    const float* from = logits + v * num_lanes;
+    const float* row = values + v * num_lanes;
     if (v >= width) {
       for (int64_t r = 0; r < num_lanes; ++r) to[r] = 0.0f;
-    } else if (entropy) {
+    } else if (from == From::kLogits) {
       for (int64_t r = 0; r < num_lanes; ++r) {
-        to[r] = grad_logit(from[r], scale, lanes, v, r, true);
+        to[r] = grad_logit(row[r], scale, lanes, v, r, From::kLogits);
+      }
+    } else if (from == From::kLogitsWithEntropy) {
+      for (int64_t r = 0; r < num_lanes; ++r) {
+        to[r] = grad_logit(row[r], scale, lanes, v, r, From::kLogitsWithEntropy);
       }
     } else {
       for (int64_t r = 0; r < num_lanes; ++r) {
-        to[r] = grad_logit(from[r], scale, lanes, v, r, false);
+        to[r] = grad_logit(row[r], scale, lanes, v, r, From::kShares);
       }
     }
   }
 }
 FLOWRL_MULTIVERSION(grad_float,
-                    (const float* logits, int64_t width, int64_t num_lanes, float scale,
-                     bool entropy, const Lanes& lanes, float* out, int64_t ld_out),
-                    (logits, width, num_lanes, scale, entropy, lanes, out, ld_out))
+                    (const float* values, int64_t width, int64_t num_lanes, float scale, From from,
+                     const Lanes& lanes, float* out, int64_t ld_out),
+                    (values, width, num_lanes, scale, from, lanes, out, ld_out))
 
 // out [vocabulary][lanes] in bfloat16, and words [kTile / 2][lanes] with entries v and v + 1 in the
 // low and high half of a word.
@@ -178,6 +208,19 @@ FLOWRL_MULTIVERSION(narrow,
                     (const float* grad, int64_t num_lanes, uint16_t* out, int64_t ld_out,
                      uint32_t* words),
                     (grad, num_lanes, out, ld_out, words))
+
+// words [kTile / 2][kLanes] of two bfloat16 each -> out [kTile][kLanes]
+FLOWRL_INLINE void widen_body(const uint32_t* __restrict words, float* __restrict out) {
+  for (int64_t v = 0; v < kTile; v += 2) {
+    const uint32_t* from = words + v / 2 * kLanes;
+    float* to = out + v * kLanes;
+    for (int64_t r = 0; r < kLanes; ++r) {
+      to[r] = std::bit_cast<float>(from[r] << 16);
+      to[r + kLanes] = std::bit_cast<float>(from[r] & 0xffff0000u);
+    }
+  }
+}
+FLOWRL_MULTIVERSION(widen, (const uint32_t* words, float* out), (words, out))
 
 // out[c][r] = in[r][c] for 32-bit words; rows is a multiple of 16.
 FLOWRL_INLINE void transpose_body(const uint32_t* __restrict in, int64_t rows, int64_t columns,

@@ -201,13 +201,13 @@ def test_memory_budget_buys_the_kept_softmax(monkeypatch):
 
 def test_kept_softmax_does_not_outlive_the_backward(monkeypatch):
     hidden, weight, target = make_case(20, 16, 300)
-    allocate, kept = package._kept_logits, []
+    allocate, kept = package.kept_logits_buffer, []
 
     def record(*args):
         kept.append(StorageWeakRef((buffer := allocate(*args)).untyped_storage()))
         return buffer
 
-    monkeypatch.setattr(package, "_kept_logits", record)
+    monkeypatch.setattr(package, "kept_logits_buffer", record)
     leaf = hidden.clone().requires_grad_()
     logprob, _ = linear_logprob(leaf, weight, target, memory_budget=10**6, implementation="triton")
     (first,) = torch.autograd.grad(logprob.sum(), leaf, retain_graph=True)

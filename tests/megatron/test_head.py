@@ -188,6 +188,25 @@ def test_main_grad_is_added_to_and_autograd_gets_zeros(dtype: torch.dtype) -> No
     assert error(actual["main_grad"] - 1, truth["grad_weight"]) <= 1.05 * alone + 1e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["replicated", "sequence"])
+def test_a_kept_softmax_gives_the_same_gradients(
+    dtype: torch.dtype, sequence_parallel: bool
+) -> None:
+    """Also where one rank has room for it and another has not, or has no entries."""
+    options: dict[str, Any] = {"sequence_parallel": sequence_parallel}
+    shards = [171, 429, 0]
+    truth = whole(make_case(shards, dtype))
+    recomputed = run(make_case(shards, dtype, **options))
+    for budget in (29 * 256 * 4, 2**20):
+        kept = run(make_case(shards, dtype, **options, memory_budget=budget))
+        assert torch.equal(kept["logprob"], recomputed["logprob"])
+        for name in ("grad_hidden", "grad_weight"):
+            bound = 1.5 * error(recomputed[name], truth[name])
+            assert error(kept[name], truth[name]) < max(bound, 1e-6), name
+        assert not torch.equal(kept["grad_weight"], recomputed["grad_weight"])
+
+
 @pytest.mark.parametrize("has_entropy_grad", [False, True], ids=["sparse", "exact"])
 def test_dropped_mass_is_bounded_over_all_shards(has_entropy_grad: bool) -> None:
     drop_mass = 0.25
