@@ -100,6 +100,7 @@ def _loss(
     vocab_size: int,
     temperature: float,
     drop_mass: float,
+    memory_budget: int,
 ) -> Tensor:
     """GPTModel.compute_language_model_loss: labels [b, s], states [s, b, H] -> loss [b, s]."""
     logprob, _ = output_layer_logprob(
@@ -109,12 +110,18 @@ def _loss(
         temperature,
         vocab_size=vocab_size,
         drop_mass=drop_mass,
+        memory_budget=memory_budget,
     )
     return -logprob.view(labels.shape[1], labels.shape[0]).T.contiguous()
 
 
 def fuse_output_layer(
-    model: GPTModel, vocab_size: int, *, temperature: float = 1.0, drop_mass: float = 0.0
+    model: GPTModel,
+    vocab_size: int,
+    *,
+    temperature: float = 1.0,
+    drop_mass: float = 0.0,
+    memory_budget: int = 0,
 ) -> None:
     """Make `model(..., labels=labels)` return the same loss per token [b, s] without any logits.
 
@@ -141,5 +148,10 @@ def fuse_output_layer(
         return
     model.output_layer.forward = _keep_states  # pyright: ignore[reportAttributeAccessIssue]
     model.compute_language_model_loss = partial(  # pyright: ignore[reportAttributeAccessIssue]
-        _loss, model=model, vocab_size=vocab_size, temperature=temperature, drop_mass=drop_mass
+        _loss,
+        model=model,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        drop_mass=drop_mass,
+        memory_budget=memory_budget,
     )
