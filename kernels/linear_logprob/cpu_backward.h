@@ -73,7 +73,7 @@ struct Backward {
     const auto num_slices = static_cast<int64_t>(slices.size());
     // Two of each, so that the products of one step can overlap the gradients of the next.
     Scratch<T> by_row(chunk_rows * (limit * kTile + kSkew), 2);
-    Scratch<T> packed(is_narrow<T> ? limit * kTile * width : 0, 2);
+    Scratch<T> packed(limit * kTile * width, 2);
     Scratch<T> copied(weight.is_direct(0, num_tiles) ? 0 : limit * kTile * width, 2);
     std::vector<Step> steps(static_cast<size_t>(num_slices * num_chunks));
     for (int64_t s = 0; s < num_slices * num_chunks; ++s) {
@@ -89,8 +89,8 @@ struct Backward {
       step.packed = packed.get(step.buffer);
       step.by_row = by_row.get(s % 2);
     }
-    // Interleaved once for all slices; a chunk of rows is the inner dimension of its products.
-    Scratch<T> packed_rows(is_narrow<T> && weight_grad.is_wanted() ? rows.padded * width : 0);
+    // Packed once for all slices; a chunk of rows is the inner dimension of its products.
+    Scratch<T> packed_rows(weight_grad.is_wanted() ? rows.padded * width : 0);
     if (weight_grad.is_wanted()) {
       for_each_task(rows.padded / kLanes, [&](int64_t b, int64_t) {
         const int64_t chunk = b * kLanes / kRowChunk * kRowChunk;
@@ -138,23 +138,24 @@ struct Backward {
                    step.by_row + b * step.ld() + j * kTile, step.ld(), spare);
       }
       if (!weight_grad.is_wanted()) return;
-      const auto panels = make_panels(packed_rows.get() + step.chunk * width, rows.row(step.chunk),
-                                      size, width);
+      const T* panels = packed_rows.get() + step.chunk * width;
       float* sums = block.get(num_chunks == 1 ? worker : step.buffer * limit + j);
       weight_grad.update(tile, step.chunk == 0, step.chunk + size == rows.padded, width, sums,
                          [&](float* to, int64_t ld_to, bool add) {
                            for (int64_t p = 0; p < width / kLanes; ++p) {
-                             multiply(kTile, kLanes, size, entries, ld_entry, panels.panel(p),
-                                      panels.ld, to + p * kLanes, ld_to, add);
+                             multiply(kTile, kLanes, size, entries, ld_entry,
+                                      panels + p * size * kLanes, kLanes, to + p * kLanes, ld_to,
+                                      add);
                            }
                          });
     };
     const auto product_task = [&](Step& step, int64_t b) {
-      const auto panels = make_panels<T>(step.packed, step.slice, step.count * kTile, width);
+      const int64_t num_entries = step.count * kTile;
       float* to = grad_hidden + (step.chunk + b * kLanes) * width;
       for (int64_t p = 0; p < width / kLanes; ++p) {
-        multiply(kLanes, kLanes, step.count * kTile, step.by_row + b * kLanes * step.ld(),
-                 step.ld(), panels.panel(p), panels.ld, to + p * kLanes, width, step.tile > 0);
+        multiply(kLanes, kLanes, num_entries, step.by_row + b * kLanes * step.ld(), step.ld(),
+                 step.packed + p * num_entries * kLanes, kLanes, to + p * kLanes, width,
+                 step.tile > 0);
       }
     };
     run_steps(steps, gradient_task, product_task);
@@ -215,7 +216,7 @@ struct Backward {
     Scratch<T> by_row(pool * kTile), by_entry(kTile * kPairChunk, workers);
     Scratch<T> gathered(kPairChunk * width, workers), operand(kPairChunk * width, workers);
     Scratch<float> logits(2 * kTile * kLanes, workers), block(kTile * width, workers);
-    Scratch<T> packed_weight(is_narrow<T> ? kTile * kLanes : 0, workers);
+    Scratch<T> packed_weight(kTile * kLanes, workers);
     Scratch<float> product(kPairChunk * kLanes, workers);
     for (int64_t tile = 0, count; tile < num_tiles; tile += count) {
       std::vector<int64_t> offset{0};  // of each tile in the pool of pairs
@@ -241,12 +242,12 @@ struct Backward {
                              by_row.get() + (offset[j] + done) * kTile);
           if (!weight_grad.is_wanted()) continue;
           pack_panels(from, 0, size, size, width, operand.get(worker));
-          const auto panels = make_panels(operand.get(worker), from, size, width);
           weight_grad.update(tile + j, done == 0, done + real == num, width, block.get(worker),
                              [&](float* to, int64_t ld_to, bool add) {
                                for (int64_t p = 0; p < width / kLanes; ++p) {
                                  multiply(kTile, kLanes, size, by_entry.get(worker), size,
-                                          panels.panel(p), panels.ld, to + p * kLanes, ld_to, add);
+                                          operand.get(worker) + p * size * kLanes, kLanes,
+                                          to + p * kLanes, ld_to, add);
                                }
                              });
         }
@@ -257,17 +258,12 @@ struct Backward {
         for (int64_t j = 0; j < count; ++j) {
           const int64_t first = pairs.start[tile + j], num = pairs.start[tile + j + 1] - first;
           if (num == 0) continue;
-          const T* columns = slice + j * kTile * width + p * kLanes;
-          Panels<T> panel{columns, 0, width};
-          if constexpr (is_narrow<T>) {
-            interleave(reinterpret_cast<const uint16_t*>(columns), kTile, width,
-                       reinterpret_cast<uint32_t*>(packed_weight.get(worker)));
-            panel = {packed_weight.get(worker), 0, kLanes};
-          }
+          T* panel = packed_weight.get(worker);
+          pack_panel(slice + j * kTile * width + p * kLanes, kTile, width, panel);
           for (int64_t done = 0; done < num; done += kPairChunk) {
             const int64_t real = std::min(kPairChunk, num - done);
             multiply(round_up(real, kPairRound), kLanes, kTile,
-                     by_row.get() + (offset[j] + done) * kTile, kTile, panel.data, panel.ld,
+                     by_row.get() + (offset[j] + done) * kTile, kTile, panel, kLanes,
                      product.get(worker), kLanes, false);
             for (int64_t i = 0; i < real; ++i) {
               float* to = grad_hidden + pairs.list[first + done + i] * width + p * kLanes;

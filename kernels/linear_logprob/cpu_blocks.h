@@ -242,29 +242,23 @@ class WeightGrad {
   float* direct_ = nullptr;
 };
 
-// A [K, width] matrix as the right operand of products, in panels of kLanes columns: interleaved
-// copies for bfloat16, the matrix itself for float32.
+// kLanes columns of `rows` rows of a matrix, contiguous, as the right operand of products; for
+// bfloat16 interleaved. In place, rows lie a page apart and the TLB misses at each.
 template <typename T>
-struct Panels {
-  const T* data;
-  int64_t panel_stride, ld;
-  const T* panel(int64_t p) const { return data + p * panel_stride; }
-};
-
-template <typename T>
-Panels<T> make_panels(const T* packed, const T* plain, int64_t k, int64_t width) {
-  if constexpr (is_narrow<T>) return {packed, k * kLanes, kLanes};
-  return {plain, kLanes, width};
+void pack_panel(const T* in, int64_t rows, int64_t ld, T* out) {
+  if constexpr (is_narrow<T>) {
+    interleave(reinterpret_cast<const uint16_t*>(in), rows, ld, reinterpret_cast<uint32_t*>(out));
+  } else {
+    for (int64_t k = 0; k < rows; ++k) std::copy_n(in + k * ld, kLanes, out + k * kLanes);
+  }
 }
 
-// Rows [first, first + rows) of a [k, width] matrix into its packed panels; float32 needs none.
+// Rows [first, first + rows) of a [k, width] matrix into its panels, [width / kLanes][k][kLanes].
 template <typename T>
 void pack_panels(const T* plain, int64_t first, int64_t rows, int64_t k, int64_t width, T* packed) {
-  if constexpr (is_narrow<T>) {
-    for (int64_t p = 0; p < width / kLanes; ++p) {
-      interleave(reinterpret_cast<const uint16_t*>(plain + first * width + p * kLanes), rows, width,
-                 reinterpret_cast<uint32_t*>(packed + p * k * kLanes + first * kLanes));
-    }
+  for (int64_t p = 0; p < width / kLanes; ++p) {
+    pack_panel(plain + first * width + p * kLanes, rows, width,
+               packed + p * k * kLanes + first * kLanes);
   }
 }
 
