@@ -20,7 +20,7 @@ from parallel_cases import (
     relative,
     worst,
 )
-from parallel_matrix import LAYOUTS, Row
+from parallel_matrix import EXPERT_LAYOUTS, LAYOUTS, Row
 from torch import Tensor, nn
 
 from flowrl.baselines import value_objective
@@ -234,7 +234,7 @@ def _rows() -> list[Row]:
 
     def add(model: str, training: str, case: Case, *layouts: str, suffix: str = "", **spread):
         for layout in layouts:
-            place = Spread(**{**vars(LAYOUTS[layout]), **spread})
+            place = Spread(**{**vars((LAYOUTS | EXPERT_LAYOUTS)[layout]), **spread})
             rows.append(Row(model, training, layout + suffix, case, place))
 
     two = ("TP2", "TP2 SP", "PP2", "PP2 VPP2", "CP2", "DP2")
@@ -250,6 +250,12 @@ def _rows() -> list[Row]:
     overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True, **spread_state}
     overlap["suffix"] = ", distributed optimiser, all overlapped"
     add("Llama", "token mean", TOKEN_MEAN, "DP2", **overlap)
+    experts = replace(TOKEN_MEAN, kind="qwen3_moe")
+    add("Qwen3-MoE", "token mean", experts, "one rank", "DP2 EP2", "TP2 SP EP2", "CP2 EP2")
+    add("Qwen3-MoE", "token mean", experts, "PP2 DP2 EP2", "PP2 VPP2 DP2 EP2")
+    single = replace(experts, num_samples=1)
+    add("Qwen3-MoE", "token mean, one sample", single, "DP2 EP2")
+    add("Qwen3-MoE", "token mean", experts, "DP4 EP2", **overlap)
     exact = replace(TOKEN_MEAN, dtype=torch.float64, num_steps=0)
     add("Llama float64", "token mean", exact, "TP2 SP CP2")
     return rows

@@ -15,11 +15,19 @@ from flowrl.checkpoint import latest_checkpoint
 pytestmark = pytest.mark.timeout(300)
 
 
-def test_experts_over_ranks_repeat_one_process_and_are_continued_by_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["flow_balance", "ppo"])
+def test_experts_over_ranks_repeat_one_process_and_are_continued_by_it(
+    objective: str, tmp_path: Path
+) -> None:
     model = tmp_path / "model"
     hf_model(hf_config("qwen3_moe", vocab_size=16)).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
-    changes = (*CHANGES, "trainer.test_freq=1", "actor.optim.lr=1e-2")
+    changes = (
+        *CHANGES,
+        f"algorithm.objective={objective}",
+        "trainer.test_freq=1",
+        "actor.optim.lr=1e-2",
+    )
     trained(model, tmp_path / "one", *changes, "trainer.total_training_steps=3")
     layout = {"expert_model_parallel_size": 2}
     two_steps = (*changes, *spread(layout), "trainer.total_training_steps=2")

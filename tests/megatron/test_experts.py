@@ -1,9 +1,18 @@
 """Mixtures of experts: the marks on their parameters, and the policy of one process."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from critic_cases import (
+    CRITIC_ROWS,
+    build_torch_critic,
+    make_value_objective,
+    value_samples,
+)
 from harness import run_ranks
-from hf_reference import EXPERTS
+from hf_reference import DENSE_LAYERS, EXPERTS
 from parallel_cases import (
     Case,
     Outcome,
@@ -16,38 +25,57 @@ from parallel_cases import (
     relative,
     worst,
 )
-from parallel_matrix import BOUNDS, EXPERT_LAYOUTS, ROWS
+from parallel_matrix import BOUNDS, EXPERT_LAYOUTS, ROWS, Row
 from torch import Tensor
 
+from flowrl.batch import Sample
 from flowrl.megatron import model
 
 NUM_STEPS = 4  # as many as the tests of checkpoints train
-CASES = {row.case for row in ROWS if row.case.kind.startswith("qwen3_moe")}
 TRUTH = Case("qwen3_moe", dtype=torch.float64)
+PPO_POLICY = replace(TRUTH, objective="grpo", has_partition=False)  # of test_critic_checkpoint.py
 
 
-@pytest.mark.parametrize(
-    "case", sorted(CASES, key=str), ids=lambda case: f"{case.kind}-{case.num_samples}"
-)
-def test_no_token_is_close_to_another_choice(case: Case) -> None:
-    """Else rounding would decide what is compared: float32's error of a logit is 1e-6."""
-    policy = build_torch_policy(Case(**{**vars(case), "dtype": torch.float64}))
-    margins = []
+def expert_cases(rows: list[Row]) -> list[Case]:
+    """What rows with experts train, in float64."""
+    cases = {replace(row.case, dtype=torch.float64) for row in rows}
+    return sorted((case for case in cases if case.kind in DENSE_LAYERS), key=str)
+
+
+def case_id(case: Case) -> str:
+    return f"{case.kind}-{case.objective}-{case.num_samples}"
+
+
+def margins(trained: Any, samples: list[Sample], objective: Any) -> list[float]:
+    """By layer and step, how close a logit comes to the border of its token's choice."""
+    found = []
 
     def keep(gate: torch.nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> None:
         best = outputs[0].topk(EXPERTS["num_experts_per_tok"] + 1).values
-        margins.append(float((best[:, -2] - best[:, -1]).min()))
+        found.append(float((best[:, -2] - best[:, -1]).min()))
 
-    gates = [m for name, m in policy.model.named_modules() if name.endswith("mlp.gate")]
-    assert len(gates) == 4 - len(policy.model.config.mlp_only_layers)
+    gates = [m for name, m in trained.model.named_modules() if name.endswith("mlp.gate")]
+    assert len(gates) == 4 - len(trained.model.config.mlp_only_layers)
     for gate in gates:
         gate.register_forward_hook(keep)
-    samples, objective = make_samples(case.num_samples), make_objective(case)
     for step in range(NUM_STEPS):
-        policy.accumulate_gradients(samples, objective)
-        policy.optimizer.step(step)
-    assert len(margins) == NUM_STEPS * len(gates)
-    assert min(margins) > 1e-4
+        trained.accumulate_gradients(samples, objective)
+        trained.optimizer.step(step)
+    assert len(found) == NUM_STEPS * len(gates)
+    return found
+
+
+@pytest.mark.parametrize("case", [*expert_cases(ROWS), PPO_POLICY], ids=case_id)
+def test_no_token_is_close_to_another_choice(case: Case) -> None:
+    """Else rounding would decide what is compared: float32's error of a logit is 1e-6."""
+    found = margins(build_torch_policy(case), make_samples(case.num_samples), make_objective(case))
+    assert min(found) > 1e-4
+
+
+@pytest.mark.parametrize("case", expert_cases(CRITIC_ROWS), ids=case_id)
+def test_no_token_of_the_critic_is_close_to_another_choice(case: Case) -> None:
+    found = margins(build_torch_critic(case), value_samples(case), make_value_objective(case))
+    assert min(found) > 1e-4
 
 
 def unmarked(rank: int, case: Case, spread: Spread) -> Outcome:
