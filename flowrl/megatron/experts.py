@@ -28,8 +28,14 @@ class Router(TopKRouter):
     """Megatron's choice of experts, without two functions of it."""
 
     def gating(self, input: Tensor) -> Tensor:
-        """Logits in the dtype of the states. Megatron's fails without Transformer Engine."""
-        return F.linear(input, self.weight)
+        """Logits in the dtype of the states, as transformers rounds them, but in float32 or wider.
+
+        Megatron rounds the softmax back to the dtype of the logits and, where it softmaxes first,
+        chooses afterwards: in bfloat16 two logits would become one probability. Its own function
+        fails without Transformer Engine.
+        """
+        logits = F.linear(input, self.weight)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Nothing: only a router with a bias counts tokens, and Megatron compiles that."""

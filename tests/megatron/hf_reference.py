@@ -1,6 +1,7 @@
 """Random transformers models to compare with, and the packed shards that Megatron is given."""
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ CONFIGS = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "qwen3_moe": Qwen3MoeConfig,
+    "qwen3_moe_apart": Qwen3MoeConfig,  # a token's number chooses its experts, see choose_by_token
     "qwen3_moe_late": Qwen3MoeConfig,  # no experts in the first half
     "qwen3_moe_raw": Qwen3MoeConfig,  # the weights of the chosen experts do not sum to 1
 }
@@ -31,7 +33,12 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 12,
 }
-DENSE_LAYERS = {"qwen3_moe": [1], "qwen3_moe_late": [0, 1], "qwen3_moe_raw": []}
+DENSE_LAYERS = {
+    "qwen3_moe": [1],
+    "qwen3_moe_apart": [1],
+    "qwen3_moe_late": [0, 1],
+    "qwen3_moe_raw": [],
+}
 
 
 def hf_config(kind: str, *, tied: bool = False, **settings: object) -> PretrainedConfig:
@@ -52,6 +59,9 @@ def hf_config(kind: str, *, tied: bool = False, **settings: object) -> Pretraine
     if kind in DENSE_LAYERS:
         experts = EXPERTS | {"mlp_only_layers": DENSE_LAYERS[kind]}
         experts["norm_topk_prob"] = kind != "qwen3_moe_raw"
+        experts["chooses_by_token"] = kind == "qwen3_moe_apart"
+        if kind == "qwen3_moe_apart":  # grouped_mm wants rows of 16 bytes in bfloat16, so 8 numbers
+            experts["moe_intermediate_size"] = 16
     return CONFIGS[kind](**{**sizes, **experts, **settings}, tie_word_embeddings=tied)
 
 
@@ -93,7 +103,30 @@ def hf_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Pr
             noise = torch.randn(parameter.shape, generator=generator)
             value = 0.4 * noise if parameter.ndim > 1 else 1 + 0.2 * noise
             parameter.copy_(value.bfloat16())
+        if config.model_type == "qwen3_moe" and config.chooses_by_token:
+            choose_by_token(model)
     return model.eval()
+
+
+def choose_by_token(model: PreTrainedModel) -> None:
+    """Keep a router's logits far from where rounding would choose another expert.
+
+    Each of the first states is an expert's logit, nearly alone: +-4 by the token's number in the
+    embedding, and no layer adds to it.
+    """
+    num_experts, num_chosen = EXPERTS["num_experts"], EXPERTS["num_experts_per_tok"]
+    choices = torch.tensor([*combinations(range(num_experts), num_chosen)])
+    embedding = model.get_input_embeddings().weight
+    embedding[:, :num_experts] = -4
+    embedding.scatter_(1, choices[torch.arange(len(embedding)) % len(choices)], 4)
+    for name, parameter in model.named_parameters():
+        if name.endswith("o_proj.weight"):
+            parameter[:num_experts] = 0
+        elif "down_proj" in name:  # [H, F], or [E, H, F] of experts
+            parameter[..., :num_experts, :] = 0
+        elif name.endswith("gate.weight"):
+            parameter.mul_(0.125)
+            parameter[:, :num_experts] = 2 * torch.eye(num_experts)
 
 
 def hf_hidden(model: PreTrainedModel, sequences: Sequence[Tensor]) -> Tensor:

@@ -108,6 +108,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Check
 
 
 EP2 = Spread(2, Layout(expert=2), distributed_optimizer=True)
+TP2_SP_EP2 = Spread(2, Layout(tensor=2, expert=2, sequence_parallel=True))
 
 UNTIED, TIED, EXPERTS = Case(), Case(tied=True), Case("qwen3_moe")
 ROUTES = {
@@ -124,6 +125,16 @@ ROUTES = {
         Case(dtype=torch.bfloat16),
         DP2,
         TP2_SP,
+    ),
+    "experts in bfloat16: DP2 EP2, distributed optimiser, to TP2 SP EP2": (
+        Case("qwen3_moe_apart", dtype=torch.bfloat16),
+        EP2,
+        TP2_SP_EP2,
+    ),
+    "experts in bfloat16: one process to DP2 EP2, distributed optimiser": (
+        Case("qwen3_moe_apart", dtype=torch.bfloat16),
+        None,
+        EP2,
     ),
 }
 
