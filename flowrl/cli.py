@@ -85,6 +85,15 @@ def evaluate(
         bool | None, typer.Option(help="default: if the tokenizer has one")
     ] = None,
     engine: Annotated[str, typer.Option(help="transformers or vllm")] = "transformers",
+    servers: Annotated[
+        str | None, typer.Option(help="with vllm: http://a:8000,http://b:8000 of `flowrl serve`")
+    ] = None,
+    weight_dir: Annotated[
+        Path | None, typer.Option(help="folder that servers on other machines see as well")
+    ] = None,
+    server_timeout: Annotated[
+        float, typer.Option(help="seconds that a server has for a response")
+    ] = 600.0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     max_num_seqs: Annotated[int, typer.Option(help="sequences decoded together")] = 256,
@@ -104,6 +113,8 @@ def evaluate(
 
     With --tasks: avg@n, pass@k and maj@k by two graders, and diversity, with 95 % intervals.
     """
+    if servers is not None and (tasks is None or engine != "vllm"):
+        raise ValueError("--servers generates for --tasks with --engine vllm: give both")
     if tasks is None and regrade is None:
         if source is None:
             raise ValueError("name a run directory, or a model and --tasks")
@@ -114,7 +125,7 @@ def evaluate(
     if (judge_url is None) != (judge_model is None):
         raise ValueError("--judge-url and --judge-model belong together: give both or neither")
     from flowrl.device import resolve_device, resolve_dtype
-    from flowrl.evaluation.engine import find_model, fingerprint
+    from flowrl.evaluation.engine import Servers, find_model, fingerprint
     from flowrl.evaluation.grade import GradingSettings
     from flowrl.evaluation.judge import JudgeSettings
     from flowrl.evaluation.run import evaluate as run_evaluation
@@ -160,7 +171,10 @@ def evaluate(
             max_num_seqs=max_num_seqs,
         )
         folder = output or Path("evals") / f"{Path(source).name}-{settings.fingerprint[:8]}"
-        groups = run_evaluation(folder, settings, model, device, grading, judge)
+        served = None
+        if servers is not None:
+            served = Servers(tuple(servers.split(",")), weight_dir, server_timeout)
+        groups = run_evaluation(folder, settings, model, device, grading, judge, served)
     console = Console()
     if not console.is_terminal:
         console.width = 110  # what the tables like; into a file nothing needs to be folded
@@ -210,7 +224,7 @@ def serve_rollouts(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="as in rollout.servers")] = 8000,
 ) -> None:
-    """Start a vLLM server that `flowrl train` with rollout.servers samples from."""
+    """Start a vLLM server for `flowrl train` with rollout.servers and `flowrl eval --servers`."""
     arguments = arguments or []
     own = [argument.startswith("-") for argument in arguments]
     first = own.index(True) if any(own) else len(arguments)

@@ -434,6 +434,12 @@ def test_what_cannot_be_done_is_refused(tiny_sums: Path, tmp_path: Path) -> None
     assert "name each task once" in message("--tasks", "sums,sums")
     assert "--n is 0" in message("--tasks", "sums", "--n", "0")
     assert "belong together" in message("--tasks", "sums", "--judge-model", "m")
+    both = "--servers generates for --tasks with --engine vllm: give both"
+    assert both in message("--tasks", "sums", "--servers", "http://x:1")
+    assert both in message("--engine", "vllm", "--servers", "http://x:1")
+    served = ("--tasks", "sums", "--engine", "vllm", "--servers")
+    assert "--servers has 'x:1': give http" in message(*served, "http://x:1,x:1")
+    assert "--server-timeout is 0.0" in message(*served, "http://x:1", "--server-timeout", "0")
     long = ("--tasks", "sums", "--max-tokens", "5000")
     out = ("--output", tmp_path / "long")
     assert "over the model's" in refused("eval", tiny_sums, *long, "--dtype", "float32", *out)

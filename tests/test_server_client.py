@@ -209,12 +209,14 @@ def test_refused_port_silence_and_hanging_up_lose_the_server() -> None:
 # What a start refuses, or makes possible
 
 
-def describe(url: str, weights: Path | HostCopy = Path(LABEL)) -> str:
+def describe(
+    url: str, weights: Path | HostCopy = Path(LABEL), dtype: str | None = "float32"
+) -> str:
     """What is wrong with a server's model."""
 
     async def run() -> str:
         async with aiohttp.ClientSession() as session:
-            model = ServedModel("LlamaForCausalLM", {"a": torch.Size([2])}, 8)
+            model = ServedModel("LlamaForCausalLM", {"a": torch.Size([2])}, 8, dtype)
             client = VllmClient(session, model, 5.0, LABEL, 7, weights)
             return await client.wrong_model(Server(url))
 
@@ -225,6 +227,7 @@ DESCRIBED = {
     "model": "M",
     "architecture": "LlamaForCausalLM",
     "shapes": {"a": [2]},
+    "dtype": "float32",
     "max_model_len": 8,
     "logprobs_mode": "processed_logprobs",
     "weight_transfer": "disk",
@@ -238,14 +241,21 @@ DESCRIBED = {
         ({"max_model_len": 7}, "admits 7 tokens a sequence, and prompt and response may have 8"),
         ({"logprobs_mode": "raw_logprobs"}, "reports raw_logprobs and not processed_logprobs"),
         ({"shapes": {"a": [2], "b": [1]}}, "weight b: M [1], the trained model absent"),
+        ({"dtype": "bfloat16"}, "computes in bfloat16, not in float32; start it with"),
         ({"more": 1}, "has another flowrl"),
     ],
-    ids=["sound", "too short", "raw log-probs", "other model", "other version"],
+    ids=["sound", "too short", "raw log-probs", "other model", "other dtype", "other version"],
 )
 def test_description_of_a_server_is_compared(changes: dict, problem: str) -> None:
     results = json.dumps({"results": [{**DESCRIBED, **changes}]}).encode()
     with http_server(lambda handler, _: send(handler, results)) as url:
         assert problem in describe(url) and bool(problem) == bool(describe(url))
+
+
+def test_training_takes_servers_of_any_dtype() -> None:
+    results = json.dumps({"results": [{**DESCRIBED, "dtype": "bfloat16"}]}).encode()
+    with http_server(lambda handler, _: send(handler, results)) as url:
+        assert describe(url, dtype=None) == ""
 
 
 @pytest.mark.parametrize("transfer", ["disk", "gloo", "nccl"])

@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +30,26 @@ TEXT_FILES = (
 )
 READ_BYTES = 1 << 24
 VLLM_MEMORY = 0.9  # share of the GPU, which nothing else uses here
+
+
+@dataclass(frozen=True)
+class Servers:
+    """vLLM servers that generate, all with the evaluated model's weights.
+
+    weight_dir: folder for the weights that they and this process see, a temporary one if None.
+    timeout_s: limit of one try of a response, and of how long no server may be usable.
+    """
+
+    urls: tuple[str, ...]
+    weight_dir: Path | None = None
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"--servers has {url!r}: give http://host:port,http://...")
+        if not 0 < self.timeout_s < math.inf:
+            raise ValueError(f"--server-timeout is {self.timeout_s}: give a number of seconds")
 
 
 def find_model(source: str) -> Path:
@@ -81,12 +103,16 @@ def build_engine(
     tokenizer: PreTrainedTokenizerBase,
     device: str,
     max_model_len: int,
+    servers: Servers | None = None,
 ) -> RolloutEngine:
-    """The engine that settings.engine names, with the model loaded.
+    """The engine that settings.engine names, with the model loaded; vLLM in here or on servers.
 
     max_model_len: tokens of the longest prompt and response. Raises ValueError if vLLM is asked for
-    and not installed.
+    and not installed, or if a server has another model or dtype, and RuntimeError if a server does
+    not answer.
     """
+    if servers is not None:
+        return _server_engine(settings, folder, tokenizer, max_model_len, servers)
     if settings.engine == "vllm":
         if importlib.util.find_spec("vllm") is None:
             raise ValueError(
@@ -103,3 +129,25 @@ def build_engine(
         )
     model = load_model(str(folder), getattr(torch, settings.dtype), resolve_device(device))
     return TransformersEngine(model, tokenizer, settings.max_num_seqs)
+
+
+def _server_engine(
+    settings: EvalSettings,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_model_len: int,
+    servers: Servers,
+) -> RolloutEngine:
+    from flowrl.rollout.vllm_server import VllmServerEngine
+
+    rollout = RolloutConfig(  # pyright: ignore[reportCallIssue]
+        engine="vllm",
+        servers=list(servers.urls),
+        max_num_seqs=-(-settings.max_num_seqs // len(servers.urls)),  # the batch is shared
+        request_timeout_s=servers.timeout_s,
+        weight_dir=None if servers.weight_dir is None else str(servers.weight_dir.resolve()),
+    )
+    model = load_model(str(folder), getattr(torch, settings.dtype), torch.device("cpu"))
+    return VllmServerEngine(
+        str(folder), model, tokenizer, rollout, max_model_len=max_model_len, needs_dtype=True
+    )

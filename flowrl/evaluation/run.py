@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from flowrl.evaluation.engine import build_engine, context_length
+from flowrl.evaluation.engine import Servers, build_engine, context_length
 from flowrl.evaluation.generations import (
     count_whole_batches,
     generate,
@@ -46,6 +46,7 @@ def evaluate(
     device: str,
     grading: GradingSettings,
     judge: JudgeSettings | None = None,
+    servers: Servers | None = None,
 ) -> list[GroupResult]:
     """Generate what is missing in `folder`, grade everything and write the reports.
 
@@ -61,7 +62,7 @@ def evaluate(
     generate(
         folder / GENERATIONS_FILE,
         batches,
-        lambda num_tokens: build_engine(settings, model, tokenizer, device, num_tokens),
+        lambda num_tokens: build_engine(settings, model, tokenizer, device, num_tokens, servers),
         tokenizer,
         settings,
         context_length(model),

@@ -39,6 +39,7 @@ DESCRIPTION = {
     "model",
     "architecture",
     "shapes",
+    "dtype",
     "max_model_len",
     "logprobs_mode",
     "weight_transfer",
@@ -55,6 +56,7 @@ class ServedModel:
     architecture: str
     shapes: Mapping[str, torch.Size]
     max_model_len: int
+    dtype: str | None = None  # None: any
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,11 @@ class VllmClient:
             return f"serves {own['model']}, a {own['architecture']}, not a {needed.architecture}"
         if problem := difference(own["shapes"], needed.shapes, own["model"], "the trained model"):
             return f"serves another model: {problem}"
+        if needed.dtype not in (None, own["dtype"]):
+            return (
+                f"computes in {own['dtype']}, not in {needed.dtype}; {HOW_TO_SERVE} and "
+                f"model.dtype={needed.dtype}, or ask for {own['dtype']}"
+            )
         if own["logprobs_mode"] != "processed_logprobs":
             return f"reports {own['logprobs_mode']} and not processed_logprobs; {HOW_TO_SERVE}"
         if problem := self._wrong_transfer(own["weight_transfer"]):

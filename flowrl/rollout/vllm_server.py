@@ -59,6 +59,7 @@ class VllmServerEngine:
             weights are published as version 0. It is not kept.
         settings: `servers` are URLs such as http://127.0.0.1:8000.
         max_model_len: tokens that a server must admit in a sequence.
+        needs_dtype: refuse a server that computes in another dtype than the model's.
 
     Raises:
         ValueError: when a server has another model or was not started for this, or for
@@ -74,6 +75,7 @@ class VllmServerEngine:
         settings: RolloutConfig,
         *,
         max_model_len: int,
+        needs_dtype: bool = False,
     ) -> None:
         for url in settings.servers:
             if not url.startswith(("http://", "https://")):
@@ -85,6 +87,7 @@ class VllmServerEngine:
             architecture=type(model).__name__,
             shapes={name: weight.shape for name, weight in model.named_parameters()},
             max_model_len=max_model_len,
+            dtype=str(model.dtype).removeprefix("torch.") if needs_dtype else None,
         )
         self.dtype = model.dtype
         self.end_ids = end_token_ids(model_path, model.config, tokenizer)

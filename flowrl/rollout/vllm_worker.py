@@ -55,6 +55,7 @@ class PublishedWeights:
             "model": self.model_config.model,
             "architecture": self.model_config.hf_config.architectures[0],
             "shapes": self.expected_shapes(),
+            "dtype": str(self.model_config.dtype).removeprefix("torch."),
             "max_model_len": self.model_config.max_model_len,
             "logprobs_mode": self.model_config.logprobs_mode,
             "weight_transfer": backend_of(self.device) if is_receiver else "disk",
