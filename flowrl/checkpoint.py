@@ -20,7 +20,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "hf"
 TENSORS_FILE = "training_state.safetensors"
 STATE_FILE = "state.json"
+# What a resumed run reads of the two.
+STATE_KEYS = ("reference_fingerprint", "sampler", "lookahead")
+TENSOR_KINDS = ("master", "exp_avg", "exp_avg_sq", "step")
 
 STEP_NAME = re.compile(r"global_step_(\d+)")
 PREVIOUS_NAME = re.compile(r"\.(global_step_(\d+))\.previous")
@@ -200,6 +203,35 @@ def load_training_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict
     except (OSError, SafetensorError) as error:
         raise _damaged_file(path, error) from error
     return tensors, load_state(checkpoint)
+
+
+def check_state(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+    """Raise ValueError, naming file and key, unless the state has all that a run resumes from."""
+    _refuse_missing(checkpoint.path / STATE_FILE, STATE_KEYS, state)
+
+
+def check_tensors(checkpoint: Checkpoint, trained: Iterable[Collection[str]]) -> None:
+    """Raise ValueError, naming file and tensor, unless all are there that a run resumes from.
+
+    trained: names of the parameters of each optimiser. It has moments and counts of all of them,
+    or, before its first update, of none.
+    """
+    path = checkpoint.path / TENSORS_FILE
+    present = _tensor_names(path)
+    for names in trained:
+        kept = [{f"{kind}.{name}" for name in names} for kind in TENSOR_KINDS]
+        has_moments = any(present & keys for keys in kept[1:])
+        _refuse_missing(path, set().union(*kept) if has_moments else kept[0], present)
+
+
+def _refuse_missing(path: Path, needed: Collection[str], present: Collection[str]) -> None:
+    missing = sorted(key for key in needed if key not in present)
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} of {len(needed)} entries, first {missing[0]}: resume "
+            "with the settings and the flowrl that wrote it, restore it from a copy, remove the "
+            "folder of this checkpoint to use an older one, or use another run directory"
+        )
 
 
 def export_hf(source: Path, destination: Path, step: int | None = None) -> Path:
@@ -380,7 +412,7 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, None when it is whole."""
     try:
         _read_json(path / STATE_FILE)
-        _check_safetensors(path / TENSORS_FILE)
+        _tensor_names(path / TENSORS_FILE)
         _check_hf(path / HF_FOLDER)
     except ValueError as error:
         return str(error)
@@ -404,10 +436,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_safetensors(path: Path) -> None:
+def _tensor_names(path: Path) -> set[str]:
+    """Names in a safetensors file, whose header is found to fit its size."""
     try:
-        with safe_open(path, framework="pt"):  # refuses byte ranges that do not fill the file
-            pass
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
     except (OSError, SafetensorError) as error:
         raise _damaged_file(path, error) from error
 
@@ -427,7 +460,7 @@ def _weight_files(hf: Path) -> Iterator[Path]:
 def _check_hf(hf: Path) -> None:
     _read_json(hf / "config.json")
     for path in _weight_files(hf):
-        _check_safetensors(path)
+        _tensor_names(path)
 
 
 def _export_source(source: Path, step: int | None) -> Path:

@@ -18,7 +18,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.background_save import BackgroundSave
 from flowrl.batch import Sample
-from flowrl.checkpoint import HF_FOLDER, TENSORS_FILE, Checkpoint, load_state, save_folder
+from flowrl.checkpoint import (
+    HF_FOLDER,
+    TENSORS_FILE,
+    Checkpoint,
+    check_tensors,
+    load_state,
+    save_folder,
+)
 from flowrl.device import resolve_device
 from flowrl.main_rank import (
     SHARED_ERRORS,
@@ -159,6 +166,8 @@ class MegatronParts:
     def load(self, checkpoint: Checkpoint) -> dict[str, Any]:
         state = load_state(checkpoint)
         check_fingerprint(checkpoint, state, self.model_path, self.reference_fingerprint)
+        critic = {name for name in self.trained_shapes if name.startswith("critic.")}
+        check_tensors(checkpoint, [self.trained_shapes.keys() - critic, critic])
         load_training_tensors(self.policy, checkpoint.path / TENSORS_FILE)
         if self.critic is not None:
             load_training_tensors(self.critic, checkpoint.path / TENSORS_FILE, critic_name)

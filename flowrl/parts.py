@@ -15,7 +15,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.background_save import BackgroundSave
 from flowrl.batch import Sample
-from flowrl.checkpoint import Checkpoint, load_training_state, save_checkpoint
+from flowrl.checkpoint import (
+    Checkpoint,
+    check_state,
+    check_tensors,
+    load_training_state,
+    save_checkpoint,
+)
 from flowrl.device import resolve_device
 from flowrl.interface import Critic, Policy
 from flowrl.objectives.flow_balance import PRESETS, FlowBalancePreset
@@ -150,11 +156,12 @@ class TorchParts:
         )
 
     def load(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        trained = [t for t in (self.policy, self.critic) if t is not None]
         tensors, state = load_training_state(checkpoint)
         check_fingerprint(checkpoint, state, self.model_path, self.reference_fingerprint)
-        self.policy.optimizer.load_state_tensors(tensors)
-        if self.critic is not None:
-            self.critic.optimizer.load_state_tensors(tensors)
+        check_tensors(checkpoint, [t.optimizer.masters for t in trained])
+        for own in trained:
+            own.optimizer.load_state_tensors(tensors)
         self.engine.publish(self.policy.named_weights(), version=checkpoint.step)
         return state
 
@@ -168,7 +175,11 @@ class TorchParts:
 def check_fingerprint(
     checkpoint: Checkpoint, state: dict[str, Any], model_path: str, fingerprint: str
 ) -> None:
-    """Raise ValueError unless the checkpoint was made against the same reference weights."""
+    """Raise ValueError unless the checkpoint was made against the same reference weights.
+
+    So it does for a state that lacks what a run resumes from.
+    """
+    check_state(checkpoint, state)
     if state["reference_fingerprint"] != fingerprint:
         raise ValueError(
             f"{checkpoint.path} was trained against a reference with fingerprint "

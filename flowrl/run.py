@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from flowrl.background_save import BackgroundSave
-from flowrl.checkpoint import latest_checkpoint
+from flowrl.checkpoint import STATE_FILE, latest_checkpoint
 from flowrl.config import cache_dir, dump_config, is_megatron
 from flowrl.console import TrainingConsole
 from flowrl.device import with_resolved_dtype
@@ -224,8 +224,11 @@ def start(config: Config) -> Run:
         )
         if checkpoint is not None:  # before the writer: what is refused leaves the metrics alone
             state = parts.load(checkpoint)
-            sampler.load_state_dict(state["sampler"])
-            lookahead.load_state_dict(state["lookahead"])
+            try:
+                sampler.load_state_dict(state["sampler"])
+                lookahead.load_state_dict(state["lookahead"])
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.path / STATE_FILE}: {error}") from error
             logger.warning("continuing %s after step %d", config.run_dir, checkpoint.step)
         warn_of_stale_tokens(config)
         resume_step = None if checkpoint is None else checkpoint.step

@@ -25,7 +25,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from flowrl.checkpoint import (
+    TENSOR_KINDS,
     Checkpoint,
+    check_tensors,
     export_hf,
     latest_checkpoint,
     load_training_state,
@@ -320,6 +322,25 @@ def test_fresh_and_emptied_run_directories(tmp_path: Path) -> None:
     (tmp_path / LATEST).write_text("5")
     with pytest.raises(ValueError, match="names '5'.*to start from the beginning"):
         latest_checkpoint(tmp_path)
+
+
+def test_moments_are_those_of_a_whole_optimizer_or_of_none(tmp_path: Path) -> None:
+    def checkpoint(*names: str) -> Checkpoint:
+        tensors = {name: torch.zeros(1) for name in names}
+        return Checkpoint(1, save_model(tmp_path, 1, stamped_model(), tensors))
+
+    def whole(name: str) -> list[str]:
+        return [f"{kind}.{name}" for kind in TENSOR_KINDS]
+
+    trained = [["a", "b"], ["critic.a"]]
+    check_tensors(checkpoint("master.a", "master.b", "master.critic.a", "else"), trained)
+    check_tensors(checkpoint("master.a", "master.b", *whole("critic.a")), trained)
+    check_tensors(checkpoint(*whole("a"), *whole("b"), "master.critic.a"), trained)
+    check_tensors(checkpoint(*whole("a")), [["a"], []])
+    with pytest.raises(ValueError, match=r"lacks 1 of 1 entries, first master\.critic\.a: "):
+        check_tensors(checkpoint(*whole("a"), *whole("b")), trained)
+    with pytest.raises(ValueError, match=r"lacks 3 of 8 entries, first exp_avg\.b: "):
+        check_tensors(checkpoint(*whole("a"), "master.b"), [["a", "b"]])
 
 
 # Export

@@ -207,11 +207,3 @@ def test_a_restored_optimizer_continues_bitwise(dtype: torch.dtype) -> None:
         assert all(torch.equal(ours[name], restored[name]) for name in ours)
     # The checkpoint's tensors were copied, not adopted.
     assert float(kept["step.matrix"]) == 3.0
-
-
-def test_a_missing_parameter_is_named() -> None:
-    named = parameters()
-    optimizer = master_adamw(named)
-    tensors = {k: v for k, v in optimizer.state_tensors().items() if k != "master.vector"}
-    with pytest.raises(ValueError, match="lacks 1 parameters, first vector"):
-        optimizer.load_state_tensors(tensors)

@@ -1,5 +1,6 @@
 """A run that is killed, asked to stop, or finished, and then started again."""
 
+import json
 import os
 import shutil
 import signal
@@ -155,6 +156,47 @@ def test_another_reference_is_refused_and_nothing_changes(
         trained(changed, run_dir, *changes)
     assert str(changed) in str(error.value)
     assert "restore the model and model.dtype, or use another run directory" in str(error.value)
+    assert files_of(run_dir) == before
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("sampler", "state.json lacks 1 of 3 entries, first sampler: resume with"),
+        ("lookahead", "state.json lacks 1 of 3 entries, first lookahead: "),
+        ("reference_fingerprint", "state.json lacks 1 of 3 entries, first reference_fingerprint: "),
+        ("sampler/position", "state.json: the saved sampler has position None, not a multiple of"),
+        ("lookahead/batches", r"state.json: .* sampled ahead are damaged, .*'batches'"),
+        ("master.model.norm.weight", r"state.safetensors lacks 1 of \d+ entries, first master\.m"),
+        ("exp_avg.model.norm.weight", r"state.safetensors lacks 1 of \d+ entries, first exp_avg\."),
+        ("step.partition.layers.0.weight", r"state.safetensors lacks 1 of \d+ entries, first step"),
+    ],
+    ids=lambda text: text.split()[0],
+)
+def test_incomplete_checkpoint_is_refused_and_nothing_changes(
+    tiny_sums: Path,
+    tmp_path: Path,
+    straight: Callable[[str], tuple[Path, tuple[str, ...]]],
+    missing: str,
+    message: str,
+) -> None:
+    finished, changes = straight("float32")
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    checkpoint = latest_checkpoint(run_dir)
+    assert checkpoint is not None
+    tensors, state = load_training_state(checkpoint)
+    if missing in tensors:
+        rest = {name: tensor.clone() for name, tensor in tensors.items() if name != missing}
+        save_file(rest, checkpoint.path / "training_state.safetensors")
+    else:
+        key, _, inner = missing.partition("/")
+        del (state[key] if inner else state)[inner or key]
+        (checkpoint.path / "state.json").write_text(json.dumps(state))
+    before = files_of(run_dir)
+    with pytest.raises(ValueError, match=message) as error:
+        trained(tiny_sums, run_dir, *changes)
+    assert str(checkpoint.path) in str(error.value)
     assert files_of(run_dir) == before
 
 

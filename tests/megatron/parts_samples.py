@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from parallel_cases import (
@@ -81,7 +82,11 @@ def train_steps(policy, case: Case, first: int, last: int) -> list[tuple[float, 
     return figures
 
 
+def run_state(step: int) -> dict[str, Any]:
+    """What a run saves beside the tensors; nothing samples here."""
+    fingerprint = "of the reference"
+    return {"step": step, "reference_fingerprint": fingerprint, "sampler": {}, "lookahead": {}}
+
+
 def save_step(parts: MegatronParts, run_dir: Path, step: int) -> Path:
-    return parts.save(
-        run_dir, step, {"step": step, "reference_fingerprint": "of the reference"}, keep=2
-    )
+    return parts.save(run_dir, step, run_state(step), keep=2)

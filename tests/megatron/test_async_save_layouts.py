@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness import run_ranks
 from parallel_cases import Case, Spread
-from parts_samples import build_parts, save_step, train_steps
+from parts_samples import build_parts, run_state, save_step, train_steps
 from training_samples import files_of, settings, untimed_rows
 
 from flowrl import train as training
@@ -54,8 +54,7 @@ def saved_both_ways(rank: int, case: Case, spread: Spread, folder: Path) -> None
     train_steps(parts.policy, case, 0, 2)
     save_step(parts, folder / "sync", 2)
     background = BackgroundSave(60)
-    state = {"step": 2, "reference_fingerprint": "of the reference"}
-    path = parts.save(folder / "async", 2, state, 2, background)
+    path = parts.save(folder / "async", 2, run_state(2), 2, background)
     assert not path.exists()
     train_steps(parts.policy, case, 2, 3)
     gate.set()

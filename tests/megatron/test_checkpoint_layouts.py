@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness import run_ranks
 from parallel_cases import Case, Spread, build_torch_policy, make_partition
-from parts_samples import build_parts, save_step, train_steps
+from parts_samples import build_parts, run_state, save_step, train_steps
 from safetensors.torch import load_file
 from tiny_model import tiny_tokenizer
 from torch import Tensor
@@ -69,7 +69,7 @@ def interrupted_in_one_process(case: Case, run_dir: Path) -> Figures:
         model=policy.model,
         tokenizer=tiny_tokenizer(),
         tensors=policy.optimizer.state_tensors(),
-        state={"step": STEPS_BEFORE, "reference_fingerprint": "of the reference"},
+        state=run_state(STEPS_BEFORE),
         keep=1,
     )
     return train_steps(policy, case, STEPS_BEFORE, STEPS)

@@ -15,7 +15,7 @@ from critic_cases import (
 )
 from harness import run_ranks
 from parallel_cases import Case, Spread, build_torch_policy
-from parts_samples import build_parts, save_step, train_steps
+from parts_samples import build_parts, run_state, save_step, train_steps
 from safetensors.torch import load_file
 from tiny_model import tiny_tokenizer
 from torch import Tensor
@@ -173,8 +173,8 @@ def test_checkpoint_without_a_critic_is_refused(tmp_path: Path) -> None:
         model=policy.model,
         tokenizer=tiny_tokenizer(),
         tensors=policy.optimizer.state_tensors(),
-        state={"step": 1, "reference_fingerprint": "of the reference"},
+        state=run_state(1),
         keep=1,
     )
     for message in run_ranks(2, lacking, newest(tmp_path)):
-        assert "parameters, first critic." in message
+        assert f"{TENSORS_FILE} lacks " in message and "first master.critic." in message
