@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,6 +40,12 @@ class Handler(BaseHTTPRequestHandler):
         elif "problem:late" in text:
             time.sleep(1.0)
             self.reply(200, b"{}")
+        elif "problem:drip-head" in text:
+            self.drip(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        elif "problem:drip-body" in text:
+            self.drip(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        elif "problem:endless" in text:
+            self.drip(b"HTTP/1.1 200 OK\r\n\r\n", part=b" " * (1 << 18))
         elif "problem:refused" in text:
             self.reply(401, b"no key")
         elif "problem:garbage" in text:
@@ -59,6 +66,14 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
         except BrokenPipeError:  # the judge did not wait
             pass
+
+    def drip(self, start: bytes, part: bytes = b" ") -> None:
+        """Never end; no wait between two parts is long."""
+        with suppress(ConnectionError):  # the judge hangs up
+            self.wfile.write(start)
+            while True:
+                self.wfile.write(part)
+                time.sleep(0.02)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -167,7 +182,8 @@ def test_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
         ("refused", 1, "HTTP 401: no key"),
         ("garbage", 3, "unreadable reply"),
         ("silent", 1, "no line 'Score"),
-        ("late", 3, "timed out"),
+        ("late", 3, "no whole answer within 0.2 s"),
+        ("endless", 3, "unreadable reply"),
     ],
 )
 def test_failure_is_kept_and_scores_nothing(
@@ -180,9 +196,19 @@ def test_failure_is_kept_and_scores_nothing(
     assert row["score"] is None and failure in row["failure"]
 
 
+@pytest.mark.parametrize("name", ["drip-head", "drip-body"])
+def test_dripping_server_is_left_in_time(server: Server, tmp_path: Path, name: str) -> None:
+    started_at = time.monotonic()
+    settings = judge_of(server, num_retries=1, timeout_s=0.5)
+    assert judge_all(tmp_path, [answers_of(name)], settings) == {}
+    assert 1.0 <= time.monotonic() - started_at < 10
+    assert len(server.requests) == 2
+    assert rows_of(tmp_path)[0]["failure"] == "no whole answer within 0.5 s"
+
+
 def test_absent_server_is_a_failure(server: Server, tmp_path: Path) -> None:
     settings = JudgeSettings("http://127.0.0.1:1/v1", "m", num_retries=1, retry_wait_s=0.01)
     assert judge_all(tmp_path, [answers_of("a")], settings) == {}
-    assert "refused" in rows_of(tmp_path)[0]["failure"]
+    assert "Cannot connect to host 127.0.0.1:1" in rows_of(tmp_path)[0]["failure"]
     with pytest.raises(ValueError, match="--judge-url is 'localhost'"):
         JudgeSettings("localhost", "m")

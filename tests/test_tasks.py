@@ -1,6 +1,8 @@
 """Built-in tasks, reasoning-gym, tokenisation and the sampler."""
 
 import json
+import os
+import time
 from itertools import pairwise
 
 import pytest
@@ -10,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from flowrl.tasks import (
     Prompt,
     PromptSampler,
+    gym,
     load_prompts,
     sums_answers,
     tokenize_prompts,
@@ -257,6 +260,25 @@ def test_gym_worker_refuses_what_cannot_work():
     # Its scorer compares tuples, which JSON turns into lists.
     answer = answer_request({**request, "name": "rearc"})
     assert "scorer does not recognise entries" in answer["error"]
+
+
+def test_gym_worker_that_hangs_is_killed_in_time(monkeypatch, tmp_path):
+    worker = tmp_path / "sleeper.py"
+    worker.write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(gym, "WORKER", worker)
+    monkeypatch.setattr(gym, "START_S", 5.0)
+    monkeypatch.setattr(gym, "QUESTION_S", 0.5)
+    started_at = time.monotonic()
+    message = r"'reasoning_gym/gcd': reasoning-gym made no questions within 7 s: ask for easier"
+    with pytest.raises(ValueError, match=message):
+        load_prompts("reasoning_gym/gcd", "train", count=4)
+    assert 7 <= time.monotonic() - started_at < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_gym_needs_a_count():

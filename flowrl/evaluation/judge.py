@@ -6,20 +6,20 @@ are never paid for twice and others are never given their score. A request that 
 failed and scores nothing; it is asked again the next time.
 """
 
+import asyncio
 import hashlib
-import http.client
 import json
 import logging
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import aiohttp
 
 from flowrl.evaluation.results import Answers
 
@@ -52,7 +52,10 @@ MAX_REPLY_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """url: up to and including /v1; key: sent as a bearer token, if any."""
+    """url: up to and including /v1; key: sent as a bearer token, if any.
+
+    timeout_s: of one try, from the connection to the last byte.
+    """
 
     url: str
     model: str
@@ -155,34 +158,52 @@ def _judge(answers: Answers, settings: JudgeSettings) -> dict[str, Any]:
 
 def _ask(text: str, settings: JudgeSettings) -> str:
     """The judge's answer at temperature 0. Raises JudgeFailed with the last reason."""
-    body = {
+    request = {
         "model": settings.model,
         "messages": [{"role": "user", "content": text}],
         "temperature": 0,
     }
-    headers = {"Content-Type": "application/json"}
-    if settings.key:
-        headers["Authorization"] = f"Bearer {settings.key}"
-    request = urllib.request.Request(
-        settings.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers
-    )
     reason = ""
     for attempt in range(settings.num_retries + 1):
         if attempt:
             time.sleep(settings.retry_wait_s * 2 ** (attempt - 1))
         try:
-            with urllib.request.urlopen(request, timeout=settings.timeout_s) as response:
-                reply = json.loads(response.read(MAX_REPLY_BYTES))
-            answer = reply["choices"][0]["message"]["content"]
-            if isinstance(answer, str):
-                return answer
-            reason = "the reply has no text"
-        except urllib.error.HTTPError as error:
-            reason = f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
-            if error.code < 500 and error.code not in (408, 429):
-                break  # asking again does not help
-        except (OSError, http.client.HTTPException) as error:  # no connection, a time-out
+            status, reply = asyncio.run(_post(request, settings))
+        except TimeoutError:
+            reason = f"no whole answer within {settings.timeout_s:g} s"
+            continue
+        except (aiohttp.ClientError, OSError) as error:  # no connection, or one that broke
             reason = f"{type(error).__name__}: {error}"
+            continue
+        if status != 200:
+            reason = f"HTTP {status}: {reply[:500].decode(errors='replace')}"
+            if status < 500 and status not in (408, 429):
+                break  # asking again does not help
+            continue
+        try:
+            answer = json.loads(reply)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError) as error:
             reason = f"unreadable reply: {type(error).__name__}: {error}"
+            continue
+        if isinstance(answer, str):
+            return answer
+        reason = "the reply has no text"
     raise JudgeFailed(reason)
+
+
+async def _post(request: dict[str, Any], settings: JudgeSettings) -> tuple[int, bytes]:
+    """Status and body of one try. Raises TimeoutError, aiohttp.ClientError and OSError."""
+    url = settings.url.rstrip("/") + "/chat/completions"
+    headers = {"Authorization": f"Bearer {settings.key}"} if settings.key else {}
+    # Not by urllib: its time-out starts anew with every byte.
+    timeout = aiohttp.ClientTimeout(total=settings.timeout_s)
+    async with (
+        aiohttp.ClientSession(timeout=timeout, trust_env=True) as session,  # proxies, as urllib
+        session.post(url, json=request, headers=headers) as response,
+    ):
+        reply = bytearray()
+        async for part in response.content.iter_any():
+            reply += part
+            if len(reply) > MAX_REPLY_BYTES:
+                break
+        return response.status, bytes(reply[:MAX_REPLY_BYTES])

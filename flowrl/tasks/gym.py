@@ -19,6 +19,10 @@ from flowrl.tasks.prompts import Prompt, did_you_mean, shorten
 logger = logging.getLogger(__name__)
 
 PREFIX = "reasoning_gym/"
+WORKER = Path(__file__).with_name("gym_worker.py")
+# The worker's limit. Of the data sets the slowest, sokoban, takes 0.8 s a draw on one core, and a
+# val split takes five draws a question.
+START_S, QUESTION_S = 600.0, 20.0
 
 
 def load_gym(
@@ -42,7 +46,7 @@ def load_gym(
         line = json.dumps(request)
     except TypeError as error:
         raise ValueError(f"options of task {task!r}: {error}; give plain values") from error
-    answer = _run_worker(task, line)
+    answer = _run_worker(task, line, START_S + QUESTION_S * count)
     if "unknown" in answer:
         known = answer["known"]
         hint = did_you_mean(answer["unknown"], known) or f"; choose from {', '.join(known)}"
@@ -67,18 +71,25 @@ def load_gym(
     ]
 
 
-def _run_worker(task: str, request: str) -> dict[str, Any]:
+def _run_worker(task: str, request: str, timeout_s: float) -> dict[str, Any]:
     # -P: otherwise the files beside the worker would shadow packages of the same names.
     # `env` sets the variable without this process reading its environment.
-    worker = Path(__file__).with_name("gym_worker.py")
-    done = subprocess.run(
-        ["env", "PYTHONHASHSEED=0", sys.executable, "-P", str(worker)],
-        input=request,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-    )
+    command = ["env", "PYTHONHASHSEED=0", sys.executable, "-P", str(WORKER)]
+    try:
+        done = subprocess.run(
+            command,
+            input=request,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            check=False,
+            timeout=timeout_s,  # the worker is then killed
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(
+            f"task {task!r}: reasoning-gym made no questions within {timeout_s:g} s: ask for "
+            "easier ones with the options of the data set, or for fewer"
+        ) from error
     if done.returncode != 0:
         last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(
