@@ -249,7 +249,7 @@ void backward_with_drop(const BackwardInputs& in, Backward<T>& work, float* drop
 
 template <typename T>
 Tensor backward_of(const BackwardInputs& in, const WeightGrad& weight_grad, float* dropped_mass) {
-  const Rows<T> rows(in.hidden, live_rows(in));
+  Rows<T> rows(in.hidden, live_rows(in));
   Tensor grad_hidden = at::zeros(in.hidden.sizes(), in.hidden.options().dtype(at::kFloat));
   if (rows.count == 0) {
     weight_grad.clear();

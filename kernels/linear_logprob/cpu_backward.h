@@ -27,7 +27,7 @@ constexpr float kMinTail = 0x1p-16f;        // as in reference.py
 
 template <typename T>
 struct Backward {
-  const Rows<T>& rows;
+  Rows<T>& rows;
   WeightSlices<T>& weight;
   int64_t vocab_size;
   float scale;
@@ -65,6 +65,17 @@ struct Backward {
                       : gradients.has_entropy ? From::kLogitsWithEntropy
                                               : From::kLogits;
     const auto transposed = is_kept ? Scratch<T>(0) : transposed_blocks(rows);
+    // Packed once for all slices; a chunk of rows is the inner dimension of its products.
+    Scratch<T> packed_rows(weight_grad.is_wanted() ? rows.padded * width : 0);
+    if (weight_grad.is_wanted()) {
+      for_each_task(rows.padded / kLanes, [&](int64_t b, int64_t) {
+        const int64_t chunk = b * kLanes / kRowChunk * kRowChunk;
+        pack_panels(rows.row(chunk), b * kLanes - chunk, kLanes,
+                    std::min(kRowChunk, rows.padded - chunk), width,
+                    packed_rows.get() + chunk * width);
+      });
+    }
+    rows.release();  // both operands are made of it now
     std::vector<std::pair<int64_t, int64_t>> slices;
     for (int64_t tile = 0; tile < num_tiles; tile += slices.back().second) {
       slices.emplace_back(tile, weight.run(tile, limit));
@@ -88,16 +99,6 @@ struct Backward {
       step.slice = step.is_copied ? step.copied : weight.direct(step.tile);
       step.packed = packed.get(step.buffer);
       step.by_row = by_row.get(s % 2);
-    }
-    // Packed once for all slices; a chunk of rows is the inner dimension of its products.
-    Scratch<T> packed_rows(weight_grad.is_wanted() ? rows.padded * width : 0);
-    if (weight_grad.is_wanted()) {
-      for_each_task(rows.padded / kLanes, [&](int64_t b, int64_t) {
-        const int64_t chunk = b * kLanes / kRowChunk * kRowChunk;
-        pack_panels(rows.row(chunk), b * kLanes - chunk, kLanes,
-                    std::min(kRowChunk, rows.padded - chunk), width,
-                    packed_rows.get() + chunk * width);
-      });
     }
     Scratch<T> by_entry(kTile * (chunk_rows + kSkew), workers);
     Scratch<float> logits(2 * kTile * kLanes, workers);

@@ -128,6 +128,7 @@ struct Rows {
     }
   }
   const T* row(int64_t i) const { return values.const_data_ptr<T>() + i * width; }
+  void release() { values = Tensor(); }
 };
 
 // in [lanes rows][width] -> out [width][lanes], in words of 32 bits: a transposed matrix for
