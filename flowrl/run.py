@@ -85,6 +85,8 @@ class Run:
             self.save_timings.clear()
             self.writer.write(self.step, metrics)
             self.console.step(self.step, metrics)
+            if self.parts.is_main:
+                warn_of_skipped_updates(self.step, metrics)
 
     def __enter__(self) -> "Run":
         return self
@@ -275,6 +277,20 @@ def warn_of_stale_tokens(config: Config) -> None:
             "policy's own; flow.old_logprobs=rollout or algorithm.rollout_correction weighs it",
             config.rollout.max_staleness,
         )
+
+
+def warn_of_skipped_updates(step: int, metrics: dict[str, float]) -> None:
+    """Say so when gradients were not finite: a run whose every update is skipped learns nothing."""
+    for part in ("actor", "critic"):
+        num_skipped = int(metrics.get(f"{part}/skipped_updates", 0))
+        if num_skipped > 0:
+            logger.warning(
+                "step %d: %d updates of the %s skipped, since its gradient is not finite; if that "
+                "goes on, look for NaN and infinity in the model's weights and logits",
+                step,
+                num_skipped,
+                part,
+            )
 
 
 def background_save(config: Config) -> BackgroundSave | None:

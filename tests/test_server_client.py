@@ -291,7 +291,7 @@ def test_limit_of_open_files_is_raised_to_what_is_needed_or_refused() -> None:
 
 
 def test_serve_passes_the_runs_settings_on() -> None:
-    overrides = ["model.path=M", "data.task=sums", "rollout.engine=vllm"]
+    overrides = ["model.path=M", "data.task=sums", "rollout.engine=vllm", "model.dtype=bfloat16"]
     overrides += ["rollout.servers=[http://x:1]", "rollout.tensor_model_parallel_size=4"]
     overrides += ["rollout.enable_prefix_caching=false", "data.max_prompt_length=100"]
     config = load_config(None, [*overrides, "data.max_response_length=28"])

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_samples import trained, training_rows
+from training_samples import kept_threads, settings, trained, training_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flowrl.checkpoint import latest_checkpoint, load_training_state
+from flowrl.config import load_config
 from flowrl.policy.enumerate import exact_success
 from flowrl.policy.tiny import TARGETS
+from flowrl.run import start
+from flowrl.train import training_step
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -161,6 +164,21 @@ def test_truncated_sampling_is_on_policy_with_the_engines_logprobs(
     # The engine's distribution has only 3 tokens, so its log-probs are higher than the policy's.
     assert row["actor/ppo_kl"] > 0.01
     assert 0 < row["flow/weight_max"] <= 1 + 1e-6
+
+
+def test_a_skipped_update_is_said(
+    tiny_sums: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with kept_threads(), start(load_config(None, settings(tiny_sums, tmp_path))) as run:
+        for is_poisoned in (False, True):
+            if is_poisoned:
+                for grad in run.parts.policy.optimizer.main_grads.values():
+                    grad.fill_(torch.nan)
+            metrics = training_step(run)
+            run.log(metrics)
+            assert metrics["actor/skipped_updates"] == is_poisoned
+    said = [record.message for record in caplog.records if "skipped" in record.message]
+    assert len(said) == 1 and said[0].startswith("step 2: 1 updates of the actor skipped")
 
 
 def test_learning_rate_zero_changes_no_weight(tiny_sums: Path, tmp_path: Path) -> None:
