@@ -156,12 +156,18 @@ def test_wrong_result_of_ours_is_not_timed() -> None:
         kernels.check(name, own[name], figures, SMALL)
 
 
-def test_run_from_end_to_end(tmp_path: Path) -> None:
+def test_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, sparse = tmp_path / "results.json", f"{LIVE} drop 2.0e-03"
     report = kernels.bench_kernels(
         [SMALL, PEAKED], CPU, [2**-9], only=[sparse], repeats=2, json_path=path
     )
     assert json.loads(path.read_text()) == report
+    assert capsys.readouterr().err.splitlines() == [
+        "errors and memory of torch",
+        f"errors and memory of {sparse}",
+        "case 1 of 2: 3 rounds of each pass",
+        "case 2 of 2: 3 rounds of each pass",
+    ]
     assert report["not_run"] == {}
     rows = report["results"]
     assert [(row["variant"], row["peak"]) for row in rows] == [

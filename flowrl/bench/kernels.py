@@ -60,10 +60,12 @@ def bench_kernels(
     for name, variant in variants.items():
         reason = missing(variant, device.type)
         if reason is None:
+            say(f"errors and memory of {name}")
             probes[name], reason = run_probe(name, cases, device, drop_masses, probe_timeout_s)
         if reason is not None:
             report["not_run"][name] = reason
     for index, case in enumerate(cases):
+        say(f"case {index + 1} of {len(cases)}: {repeats + 1} rounds of each pass")
         figures = {name: probe[index] for name, probe in probes.items() if index < len(probe)}
         if MATERIALISED not in figures:
             raise ValueError(f"PyTorch itself does not run: {report['not_run'][MATERIALISED]}")
@@ -97,6 +99,11 @@ def bench_kernels(
     for name, reason in report["not_run"].items():
         console.print(f"not run: {name}: {reason}", markup=False)
     return report
+
+
+def say(line: str) -> None:
+    """Show what is under way, away from the results."""
+    Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def run_probe(
@@ -246,6 +253,7 @@ def make_cases(
     states = states or cache / "smollm2_states.pt"
     if not states.exists():
         states.parent.mkdir(parents=True, exist_ok=True)
+        say(f"sampling SmolLM2's states into {states}, which takes minutes on a CPU")
         sample_states(states, max(rows), temperatures, device, cache)
     return [
         replace(case, states=str(states), temperature=temperature)
