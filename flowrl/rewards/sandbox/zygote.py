@@ -115,8 +115,9 @@ def _serve(client: socket.socket, fork: Fork) -> Task | None:
         for descriptor in descriptors:
             os.close(descriptor)
         _wait(started[-1][0], deadline)
-        reply = [_reap(*process) for process in started]
-        client.send(json.dumps(reply).encode())
+        # The last first: a judge whose program is killed would end by itself, as if in time.
+        reply = [_reap(*process) for process in reversed(started)]
+        client.send(json.dumps(reply[::-1]).encode())
 
 
 def _place(descriptors: list[int]) -> None:
