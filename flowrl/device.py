@@ -19,7 +19,7 @@ def resolve_device(name: str) -> torch.device:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for products of bfloat16.
 
-    Without them a CPU emulates: a step of configs/quickstart.yaml took 7.8 times as long as in
+    Without them a CPU emulates: a step of configs/quickstart.yaml took 7.7 times as long as in
     float32 on one with AVX2.
     """
     if device.type == "cuda":
